@@ -1,0 +1,1 @@
+"""Benchmarks of a checkout: `python -m bench` for tables, `pytest bench/ --benchmark-only` for pytest-benchmark."""

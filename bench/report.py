@@ -1,0 +1,164 @@
+"""What is made from the results files: README's block, the summary lines, the plot, and the check. Needs no torch."""
+
+import math
+from pathlib import Path
+
+from . import cases, results_file
+from .results_file import ROOT
+
+OURS, PEER = "moe_kernels", "hf_grouped_mm"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NO_RESULTS = "No results are stored yet: `python -m bench --save` measures the card that it runs on."
+TITLES = {"forward": "Forward", "train": "Forward and backward, all gradients",
+          "decode": "Decode (forward, caches cold)"}
+
+
+def geometric_mean(values):
+    """Of positive numbers; None for none."""
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def rows_of(results, pass_name, dtype, routing, impl=OURS):
+    """The rows of one implementation in the order of measuring: (shape, num_tokens) -> row."""
+    return {(row["shape"], row["num_tokens"]): row for row in results
+            if (row["pass"], row["dtype"], row["routing"], row["impl"]) == (pass_name, dtype, routing, impl)}
+
+
+def kinds(results):
+    """The (dtype, routing) pairs for which there are layer rows, bf16 and uniform first."""
+    found = {(row["dtype"], row["routing"]) for row in results if row["pass"] in TITLES}
+    return sorted(found, key=lambda kind: (kind[0] != "bf16", kind[1] != "uniform", kind))
+
+
+def speed_ups(results, pass_name, dtype="bf16", routing="uniform", peer=PEER):
+    """(shape, num_tokens) -> time of the peer / our time, where both were measured."""
+    ours, theirs = (rows_of(results, pass_name, dtype, routing, impl) for impl in (OURS, peer))
+    return {key: theirs[key]["ms"] / row["ms"] for key, row in ours.items() if key in theirs}
+
+
+def summary(results, dtype="bf16", routing="uniform"):
+    """Lines: the geometric means over the cases of 1024 tokens and more, and the cases where we are slower."""
+    lines = []
+    for pass_name in ("forward", "train", "decode"):
+        rows = rows_of(results, pass_name, dtype, routing)
+        ratios = speed_ups(results, pass_name, dtype, routing)
+        if not rows:
+            continue
+        line = f"{TITLES[pass_name]}: {geometric_mean(row['share'] for row in rows.values()):.2f} of the floor"
+        if ratios:
+            line += (f" and {geometric_mean(ratios.values()):.2f} times as fast as Hugging Face's grouped_mm"
+                     f" in the geometric mean over {len(ratios)} cases")
+            slower = [f"{shape} {num_tokens} ({ratio:.2f})"
+                      for (shape, num_tokens), ratio in ratios.items() if ratio < 1]
+            line += f"; slower in {', '.join(slower)}" if slower else "; slower in none"
+        lines.append(line + ".")
+    return lines
+
+
+def _table(results, pass_name, dtype, routing):
+    """A Markdown table of one pass: ours beside the peer."""
+    theirs = rows_of(results, pass_name, dtype, routing, PEER)
+    ratios = speed_ups(results, pass_name, dtype, routing)
+    decode = pass_name == "decode"
+    unit = "GB/s" if decode else "TFLOP/s"
+    lines = [f"| shape | tokens | ms | {unit} | share of the floor | HF grouped_mm, ms | times as fast |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for key, row in rows_of(results, pass_name, dtype, routing).items():
+        speed = row["gb_per_s"] if decode else row["tflop_per_s"]
+        peer = theirs.get(key)
+        peer_ms = "-" if peer is None else f"{peer['ms']:.3f}" + ("*" if peer["timing"] == "eager" else "")
+        ratio = f"{ratios[key]:.2f}" if key in ratios else "-"
+        lines.append(f"| {key[0]} | {key[1]} | {row['ms']:.3f} | {speed:.0f} | {row['share']:.2f} "
+                     f"| {peer_ms} | {ratio} |")
+    return lines
+
+
+def _stage_table(results):
+    """A Markdown table of the stages: ours beside torch's own operators."""
+    ours = [row for row in results if row["pass"].startswith("stage:") and row["impl"] == OURS]
+    if not ours:
+        return []
+    torch_ms = {tuple(row[name] for name in results_file.ROW_KEY[:-1]): row["ms"] for row in results
+                if row["impl"] == "torch"}
+    lines = ["", "Stages, beside the same in torch's operators:", "",
+             "| stage | shape | tokens | ms | speed | share of the floor | torch, ms |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in ours:
+        other = torch_ms.get(tuple(row[name] for name in results_file.ROW_KEY[:-1]))
+        speed = f"{row['tflop_per_s']:.0f} TFLOP/s" if row["gb_per_s"] is None else f"{row['gb_per_s']:.0f} GB/s"
+        lines.append(f"| {row['pass'][6:]} | {row['shape']} | {row['num_tokens']} | {row['ms']:.4f} | {speed} | "
+                     f"{row['share']:.2f} | {'-' if other is None else f'{other:.4f}'} |")
+    return lines
+
+
+def card_section(content, name):
+    """README's lines about one card."""
+    limits, results = content["limits"], content["results"]
+    versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
+    lines = [f"### {content['card']}", "",
+             f"Measured {content['date'][:10]} with {versions}; sources {content['source_hash']}. "
+             "Limits in the same run: "
+             f"dense product {limits['dense_tflop_per_s']:.0f} TFLOP/s, copy {limits['copy_gb_per_s']:.0f} GB/s, "
+             f"read {limits['read_gb_per_s']:.0f} GB/s."]
+    if content.get("tests"):
+        tests = content["tests"]
+        lines.append(f"Tests on this card: {tests['passed']} passed, {tests['failed']} failed, "
+                     f"{tests['skipped']} skipped.")
+    lines += [f"Not measured, because it failed: {failure}." for failure in content.get("failures", [])]
+    for dtype, routing in kinds(results):
+        for line in summary(results, dtype, routing):
+            lines += ["", line]
+        for pass_name, title in TITLES.items():
+            if rows_of(results, pass_name, dtype, routing):
+                lines += ["", f"{title}, {dtype}, {routing} routing:", "", *_table(results, pass_name, dtype, routing)]
+    lines += _stage_table(results)
+    if any(row["timing"] == "eager" and row["impl"] == PEER for row in results):
+        lines += ["", "\\* called without a CUDA graph, which it could not be captured into."]
+    return lines + ["", f"![{content['card']}](bench/results/{name}.png)"]
+
+
+def readme_block(results=results_file.RESULTS):
+    """The text between README's two markers."""
+    files = results_file.read_all(results)
+    if not files:
+        return NO_RESULTS
+    return "\n\n".join("\n".join(card_section(content, path.stem)) for path, content in files)
+
+
+def _split_readme(readme):
+    text = Path(readme).read_text()
+    before, begin, rest = text.partition(BEGIN)
+    block, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}")
+    return before, block.strip("\n"), after
+
+
+def fill_readme(readme, results=results_file.RESULTS):
+    """Writes the block anew; the rest of the file stays."""
+    before, _, after = _split_readme(readme)
+    Path(readme).write_text(f"{before}{BEGIN}\n{readme_block(results)}\n{END}{after}")
+
+
+def check(readme=ROOT / "README.md", results=results_file.RESULTS, root=ROOT):
+    """What is stale, a line each; empty if the results are those of the sources and README shows them."""
+    files = results_file.read_all(results)
+    problems = []
+    if not files:
+        problems.append(f"there is no results file in {results}: run `python -m bench --save` on a GPU")
+    current = results_file.source_hash(root)
+    for path, content in files:
+        if content["source_hash"] != current:
+            problems.append(f"{path.name} is stale: it was measured on sources {content['source_hash']}, "
+                            f"and those of csrc/ and moe_kernels/ are {current}")
+    if _split_readme(readme)[1] != readme_block(results):
+        problems.append(f"{Path(readme).name} does not show what the results files hold: "
+                        "run `python -m bench --readme`")
+    return problems
+
+
+def missing(content):
+    """The layer cases of a full bf16 run that a results file lacks."""
+    return [f"{shape} {num_tokens} {pass_name}" for shape, num_tokens, pass_name in cases.expected_keys()
+            if (shape, num_tokens) not in rows_of(content["results"], pass_name, "bf16", "uniform")]

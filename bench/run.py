@@ -1,0 +1,164 @@
+"""One run of `python -m bench`: measures case by case, prints, and stores after every case what is there so far."""
+
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import platform
+import time
+
+import torch
+
+from . import cases, peers, report, results_file
+from .inputs import DTYPES, make_weights
+from .limits import measure_limits
+from .measure import OURS, Options, case_rows, routing_rows
+from .timing import first_line
+
+BUDGET_S = 0.6  # for all rounds of one measure
+
+
+class Run:
+    """The state of a run: what was measured, what failed, and where it goes."""
+
+    def __init__(self, arguments, tests):
+        self.arguments, self.tests = arguments, tests
+        self.rows, self.failures, self.left_out = [], [], []
+        self.begin = time.perf_counter()
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda wants a GPU that torch can use, and there is none")
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        self.card = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU {platform.machine()}"
+        self.path = arguments.results / f"{results_file.slug(self.card)}.json"
+        self.previous = dict(results_file.read_all(arguments.results)).get(self.path)
+        self.quick = arguments.quick or (device == "cpu" and arguments.shape is None)
+        require_kernels(self.device)
+        if self.quick and arguments.save and arguments.results == results_file.RESULTS:
+            raise ValueError(f"--save into {results_file.RESULTS} wants the real shapes; give --results FOLDER")
+        self.options = self._options()
+
+    def _options(self):
+        dtype = DTYPES[self.arguments.dtype]
+        chosen = peers.select(self.arguments.peers, dtype)
+        limits = measure_limits(dtype, self.device, self.quick)
+        print(f"{self.card}: dense {limits.dense_tflop_per_s:.1f} TFLOP/s, copy {limits.copy_gb_per_s:.0f} GB/s, read "
+              f"{limits.read_gb_per_s:.0f} GB/s + {limits.read_latency_us:.1f} us; peers: "
+              f"{', '.join(peer.name for peer in chosen) or 'none'}", flush=True)
+        return Options(self.device, dtype, self.arguments.dtype, self.arguments.routing, limits, chosen,
+                       0.05 if self.quick else BUDGET_S)
+
+    def seconds(self):
+        return time.perf_counter() - self.begin
+
+    def measure(self, name, function):
+        """Runs one measurement; one that raises is noted and the run goes on, unless the GPU itself has failed."""
+        limit = self.arguments.time_limit
+        if limit is not None and self.seconds() > limit:
+            self.left_out.append(name)
+            return
+        try:
+            rows = function()
+        except Exception as error:
+            self.failures.append(f"{name}: {first_line(error)}")
+            print(f"FAILED {self.failures[-1]}", flush=True)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # raises if the error was one that nothing runs after
+            return
+        self.rows += rows
+        for line in row_lines(rows):
+            print(line, flush=True)
+        self.store()
+
+    def content(self):
+        """The results file."""
+        return {"card": self.card, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "source_hash": results_file.source_hash(), "versions": versions(),
+                "limits": self.options.limits.as_json(), "tests": self.tests, "failures": self.failures,
+                "results": self.rows}
+
+    def store(self):
+        """Writes the results file, with the rows that an earlier run on the same sources has beside ours."""
+        if self.arguments.save:
+            results_file.write(self.path, results_file.merge(self.previous, self.content()))
+
+
+def require_kernels(device):
+    """Refuses to measure torch's operators as if they were the kernels."""
+    import moe_kernels
+
+    if device.type == "cuda" and not moe_kernels.ops.uses_kernels(torch.empty(0, dtype=torch.bfloat16, device=device)):
+        raise ValueError(f"the CUDA kernels do not serve this card, or are not built: {moe_kernels.build_info()}")
+
+
+def versions():
+    """What the times depend on besides the card."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    if torch.cuda.is_available():
+        import moe_kernels
+
+        found["nvcc"] = str(moe_kernels.build_info().get("cuda_version"))
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["transformers"] = importlib.metadata.version("transformers")
+    return found
+
+
+def row_lines(rows):
+    """A printed line for each row; ours tells how many times as fast it is as each other implementation."""
+    for row in rows:
+        memory = row["tflop_per_s"] is None
+        speed = f"{row['gb_per_s']:8.1f} GB/s   " if memory else f"{row['tflop_per_s']:8.1f} TFLOP/s"
+        others = [other for other in rows if other["pass"] == row["pass"] and row["impl"] == OURS != other["impl"]]
+        ratios = "".join(f"  {other['ms'] / row['ms']:.2f}x {other['impl']}" for other in others)
+        error = f"  error {row['relative_error']:.4f}" if "relative_error" in row else ""
+        mode = "" if row["timing"] == "graph" else f"  ({row['timing']})"
+        yield (f"{row['shape']:17} {row['num_tokens']:6} {row['pass']:16} {row['impl']:18} {row['ms']:9.4f} ms "
+               f"{speed}  share {row['share']:.2f}{ratios}{error}{mode}")
+
+
+def free(device):
+    """Gives back what the last shape held: two shapes' weights do not fit the card together."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_shape(current, shape, passes):
+    """All cases of a shape, with one set of weights."""
+    wanted = [num_tokens for num_tokens in shape.num_tokens
+              if set(shape.passes(num_tokens)) & set(passes) or ("stages" in passes and shape.has_stages(num_tokens))]
+    limit = current.arguments.time_limit
+    if not wanted or (limit is not None and current.seconds() > limit):
+        current.left_out += [f"{shape.name} {num_tokens}" for num_tokens in wanted]
+        return
+    weights = make_weights(shape, current.options.dtype, current.device)
+    for num_tokens in wanted:
+        for pass_name, function in case_rows(shape, num_tokens, weights, passes, current.options):
+            current.measure(f"{shape.name} {num_tokens} {pass_name}", function)
+            del function  # it holds the inputs
+        free(current.device)
+
+
+def run(arguments, tests, write_reports):
+    """Measures what the command line asks for; returns the exit status: 1 if anything failed."""
+    current = Run(arguments, tests)
+    shapes, routings = cases.select(arguments.shape, current.quick and arguments.shape is None)
+    passes = arguments.passes or cases.PASSES
+    gc.collect()
+    gc.freeze()  # collections between captures need not walk the imported libraries
+    for routing in routings if "stages" in passes else ():
+        current.measure(f"{routing.name} {routing.num_tokens}",
+                        lambda routing=routing: routing_rows(routing, current.options))
+    for shape in shapes:
+        measure_shape(current, shape, passes)
+        free(current.device)
+    current.store()
+    for line in report.summary(current.rows, arguments.dtype, arguments.routing):
+        print(line)
+    for name, entries in (("failed", current.failures), ("left out for lack of time", current.left_out)):
+        if entries:
+            print(f"{name}: {'; '.join(entries)}")
+    print(f"{len(current.rows)} rows in {current.seconds():.0f} s")
+    if arguments.save:
+        write_reports(arguments)
+    return 1 if current.failures else 0

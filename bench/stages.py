@@ -1,0 +1,108 @@
+"""Each stage as a function of no arguments: ours, and the same in torch's own operators. Also the dense floors.
+
+    gate -> plan -> up_proj -> down_proj -> combine
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .inputs import make_generator, normal
+
+ROUTING_STAGES = ("gate", "plan", "gate+plan")
+EXPERT_STAGES = ("up_proj", "down_proj", "combine")
+
+
+def operators(tensor):
+    """The operators that serve this tensor in `moe_kernels`: the kernels where they are built, torch's otherwise."""
+    import moe_kernels
+
+    kernels = tensor.device.type == "cpu" or moe_kernels.ops.uses_kernels(tensor)
+    return torch.ops.moe_kernels if kernels else torch.ops.moe_kernels_composite
+
+
+def torch_plan(ids, num_experts):
+    """Sorted order of the slots and the end of each expert's rows, as torch users write it."""
+    order = torch.argsort(ids.reshape(-1), stable=True)
+    kind = torch.int32 if ids.is_cuda else torch.float32
+    ends = torch.histc(ids.reshape(-1).to(kind), num_experts, 0, num_experts - 1).cumsum(0, dtype=torch.int32)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel(), device=order.device)
+    return order, ends, position
+
+
+def routing_stages(routing, device):
+    """stage -> (implementation -> function) for gate, plan and both, with fp32 logits, sigmoid scores and a bias."""
+    import moe_kernels
+
+    generator = make_generator(device, seed=3)
+    logits = normal((routing.num_tokens, routing.num_experts), 1.0, torch.float32, device, generator)
+    bias = normal((routing.num_experts,), 0.1, torch.float32, device, generator)
+    top_k, num_experts = routing.top_k, routing.num_experts
+
+    def gate():
+        return moe_kernels.gate(logits, top_k, "sigmoid", bias)
+
+    def torch_gate():
+        scores = logits.sigmoid()
+        ids = (scores + bias).topk(top_k, dim=-1).indices
+        weights = scores.gather(1, ids)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20), ids
+
+    ids = gate()[1]
+    return {
+        "gate": {"moe_kernels": gate, "torch": torch_gate},
+        "plan": {"moe_kernels": lambda: moe_kernels.make_plan(ids, num_experts),
+                 "torch": lambda: torch_plan(ids, num_experts)},
+        "gate+plan": {"moe_kernels": lambda: moe_kernels.make_plan(gate()[1], num_experts),
+                      "torch": lambda: torch_plan(torch_gate()[1], num_experts)},
+    }
+
+
+def expert_stages(inputs):
+    """stage -> (implementation -> function) for up_proj, down_proj and combine, on the inputs of a layer."""
+    import moe_kernels
+
+    hidden, gate_up, down, weights, ids = inputs[:5]
+    num_experts, top_k = gate_up.shape[0], ids.shape[1]
+    plan = moe_kernels.make_plan(ids, num_experts)
+    order, ends, _ = torch_plan(ids, num_experts)
+    slot_rows = plan.row_of_slot.long()
+
+    def up_proj():
+        return operators(hidden).up_proj(hidden, gate_up, None, plan.expert_offsets, plan.sorted_rows, top_k, "swiglu",
+                                         None, False)[0]
+
+    def torch_up_proj():
+        gate, up = F.grouped_mm(hidden[order // top_k], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    rows = up_proj()
+    expert_rows = moe_kernels.grouped_mm(rows, down, plan.expert_offsets)
+    return {
+        "up_proj": {"moe_kernels": up_proj, "torch": torch_up_proj},
+        "down_proj": {"moe_kernels": lambda: moe_kernels.grouped_mm(rows, down, plan.expert_offsets),
+                      "torch": lambda: F.grouped_mm(rows, down.transpose(1, 2), offs=ends)},
+        "combine": {"moe_kernels": lambda: moe_kernels.unpermute(expert_rows, plan, weights),
+                    "torch": lambda: (expert_rows[slot_rows] * weights[..., None]).sum(1).to(hidden.dtype)},
+    }
+
+
+def dense_products(inputs, parts):
+    """A function that runs products of the layer's sizes as if there were one expert: what cuBLAS takes for them.
+
+    parts: some of "up_proj", "down_proj" and, for training, "backward" (the four products of the two gradients).
+    """
+    hidden, gate_up, down, _, ids = inputs[:5]
+    num_rows = ids.numel()
+    generator = make_generator(hidden.device, seed=4)
+    x, pre, act = (normal((num_rows, size), 1.0, hidden.dtype, hidden.device, generator)
+                   for size in (hidden.shape[1], gate_up.shape[1], down.shape[2]))
+    up_weight, down_weight = gate_up[0].detach(), down[0].detach()
+    products = {"up_proj": ((x, up_weight.t()),), "down_proj": ((act, down_weight.t()),),
+                "backward": ((x, down_weight), (x.t(), act), (pre.t(), x), (pre, up_weight))}
+    chosen = [pair for part in parts for pair in products[part]]
+
+    def run():
+        for left, right in chosen:
+            torch.matmul(left, right)
+    return run

@@ -1,0 +1,132 @@
+// The activations and their derivatives, in fp32.
+//
+//   gated    a = f(gate) * up     f = silu (swiglu), gelu by erf (geglu) or tanh (geglu_tanh), relu (reglu)
+//   ungated  a = f(x)             f = silu, gelu by erf, relu, relu squared
+//
+// swiglu with a limit L clamps first: gate = min(gate, L), up = clamp(up, -L, L); the derivative of a clamp is 1 inside and at
+// the limit, 0 outside. Without a limit L is infinity.
+// Source: Shazeer, GLU Variants Improve Transformer (2020); the limit: DeepSeek-V4.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../params.h"
+
+namespace moe {
+
+struct ActivationParams {
+  Activation kind;
+  float limit;  // of swiglu; infinity: none
+};
+
+struct ValueAndSlope {
+  float value, slope;
+};
+
+__device__ __forceinline__ ValueAndSlope silu(float x) {
+  const float sigmoid = 1.0f / (1.0f + __expf(-x));
+  const float value = x * sigmoid;
+  return {value, sigmoid + value * (1.0f - sigmoid)};
+}
+
+__device__ __forceinline__ ValueAndSlope gelu_erf(float x) {
+  const float cdf = 0.5f * (1.0f + erff(x * 0.70710678118654752f));
+  const float density = 0.39894228040143268f * __expf(-0.5f * x * x);
+  return {x * cdf, cdf + x * density};
+}
+
+__device__ __forceinline__ ValueAndSlope gelu_tanh(float x) {
+  const float scale = 0.79788456080286536f;
+  const float cubic = 0.044715f;
+  const float t = tanhf(scale * (x + cubic * x * x * x));
+  const float inner_slope = scale * (1.0f + 3.0f * cubic * x * x);
+  return {0.5f * x * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * inner_slope};
+}
+
+// NaN must pass through relu, as it does in torch; hence the comparison and not fmaxf.
+__device__ __forceinline__ ValueAndSlope relu(float x) { return {x <= 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f}; }
+
+__device__ __forceinline__ ValueAndSlope relu_squared(float x) {
+  const float positive = relu(x).value;
+  return {positive * positive, 2.0f * positive};
+}
+
+template <Activation kKind>
+__device__ __forceinline__ ValueAndSlope activate_one(float x) {
+  if constexpr (kKind == Activation::kSwiGLU || kKind == Activation::kSiLU) return silu(x);
+  if constexpr (kKind == Activation::kGeGLU || kKind == Activation::kGELU) return gelu_erf(x);
+  if constexpr (kKind == Activation::kGeGLUTanh) return gelu_tanh(x);
+  if constexpr (kKind == Activation::kReGLU || kKind == Activation::kReLU) return relu(x);
+  if constexpr (kKind == Activation::kReLU2) return relu_squared(x);
+}
+
+// Comparisons let NaN through; fminf and fmaxf would hide it.
+__device__ __forceinline__ float clamp_above(float x, float limit) { return x > limit ? limit : x; }
+__device__ __forceinline__ float clamp_both(float x, float limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
+
+// Calls body(integral constant of the kind): one uniform branch outside the loop over elements.
+template <Activation kKind>
+struct ActivationTag {
+  static constexpr Activation kind = kKind;
+};
+
+template <bool kGated, typename Body>
+__device__ __forceinline__ void dispatch_activation(Activation kind, Body&& body) {
+  if constexpr (kGated) {
+    switch (kind) {
+      case Activation::kGeGLU: return body(ActivationTag<Activation::kGeGLU>{});
+      case Activation::kGeGLUTanh: return body(ActivationTag<Activation::kGeGLUTanh>{});
+      case Activation::kReGLU: return body(ActivationTag<Activation::kReGLU>{});
+      default: return body(ActivationTag<Activation::kSwiGLU>{});
+    }
+  } else {
+    switch (kind) {
+      case Activation::kGELU: return body(ActivationTag<Activation::kGELU>{});
+      case Activation::kReLU: return body(ActivationTag<Activation::kReLU>{});
+      case Activation::kReLU2: return body(ActivationTag<Activation::kReLU2>{});
+      default: return body(ActivationTag<Activation::kSiLU>{});
+    }
+  }
+}
+
+// activated[i] = act(gate[i], up[i]); `up` is not read when ungated.
+template <bool kGated>
+__device__ __forceinline__ void activate8(const ActivationParams& params, const float (&gate)[8], const float (&up)[8],
+                                          float (&activated)[8]) {
+  dispatch_activation<kGated>(params.kind, [&](auto tag) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kGated) {
+        const float g = clamp_above(gate[i], params.limit);
+        const float u = clamp_both(up[i], params.limit);
+        activated[i] = activate_one<decltype(tag)::kind>(g).value * u;
+      } else {
+        activated[i] = activate_one<decltype(tag)::kind>(gate[i]).value;
+      }
+    }
+  });
+}
+
+// The same with the derivatives of activated[i] by gate[i] and up[i].
+template <bool kGated>
+__device__ __forceinline__ void activate8_backward(const ActivationParams& params, const float (&gate)[8], const float (&up)[8],
+                                                   float (&activated)[8], float (&by_gate)[8], float (&by_up)[8]) {
+  dispatch_activation<kGated>(params.kind, [&](auto tag) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kGated) {
+        const float u = clamp_both(up[i], params.limit);
+        const ValueAndSlope f = activate_one<decltype(tag)::kind>(clamp_above(gate[i], params.limit));
+        activated[i] = f.value * u;
+        by_gate[i] = gate[i] > params.limit ? 0.0f : f.slope * u;
+        by_up[i] = (up[i] > params.limit || up[i] < -params.limit) ? 0.0f : f.value;
+      } else {
+        const ValueAndSlope f = activate_one<decltype(tag)::kind>(gate[i]);
+        activated[i] = f.value;
+        by_gate[i] = f.slope;
+      }
+    }
+  });
+}
+
+}  // namespace moe

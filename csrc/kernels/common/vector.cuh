@@ -1,0 +1,61 @@
+// Eight storage elements as one 16-byte access, converted to and from fp32.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace moe {
+
+template <typename Element>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+  static __device__ __forceinline__ float2 to_float(Type pair) { return __bfloat1622float2(pair); }
+  static __device__ __forceinline__ Type from_float(float low, float high) { return __floats2bfloat162_rn(low, high); }
+};
+template <>
+struct Pair<__half> {
+  using Type = __half2;
+  static __device__ __forceinline__ float2 to_float(Type pair) { return __half22float2(pair); }
+  static __device__ __forceinline__ Type from_float(float low, float high) { return __floats2half2_rn(low, high); }
+};
+
+template <typename Element>
+__device__ __forceinline__ void unpack8(const uint4& packed, float (&values)[8]) {
+  using PairType = typename Pair<Element>::Type;
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    PairType pair;
+    memcpy(&pair, &words[i], sizeof(pair));
+    const float2 both = Pair<Element>::to_float(pair);
+    values[2 * i] = both.x;
+    values[2 * i + 1] = both.y;
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ uint4 pack8(const float (&values)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const auto pair = Pair<Element>::from_float(values[2 * i], values[2 * i + 1]);
+    memcpy(&words[i], &pair, sizeof(pair));
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <typename Element>
+__device__ __forceinline__ void load8(const Element* from, float (&values)[8]) {
+  unpack8<Element>(*reinterpret_cast<const uint4*>(from), values);
+}
+
+template <typename Element>
+__device__ __forceinline__ void store8(Element* to, const float (&values)[8]) {
+  *reinterpret_cast<uint4*>(to) = pack8<Element>(values);
+}
+
+}  // namespace moe

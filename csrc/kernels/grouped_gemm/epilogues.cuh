@@ -1,0 +1,137 @@
+// What happens to a tile's fp32 outputs: eight neighbouring columns of one row at a time.
+//
+// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all) and is called by all
+// lanes of a warp at once with: the row, the first of the 8 columns, the expert (num_experts: none), whether the place exists, and
+// the 8 outputs (`second`: those of the up half of a gated tile).
+#pragma once
+
+#include <cstdint>
+
+#include "../common/activation.cuh"
+#include "../common/vector.cuh"
+
+namespace moe {
+
+struct OutputPlace {
+  int64_t row;
+  int column;
+  int expert;
+  bool exists;      // inside the output
+  bool has_expert;  // else the output is 0
+};
+
+template <typename Element>
+__device__ __forceinline__ void add_bias8(const Element* bias, float (&values)[8]) {
+  float added[8];
+  load8(bias, added);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] += added[i];
+}
+
+// c[row] = outputs (+ bias[expert])
+template <typename Element>
+struct StoreEpilogue {
+  static constexpr bool kGated = false;
+  const Element* bias;  // [E, columns] or null
+  Element* output;      // [S, columns]
+  int columns;
+
+  __device__ void operator()(const OutputPlace& place, float (&values)[8], const float (&)[8]) const {
+    if (!place.exists) return;
+    if (bias != nullptr && place.has_expert) {
+      add_bias8(bias + static_cast<int64_t>(place.expert) * columns + place.column, values);
+    }
+    store8(output + place.row * columns + place.column, values);
+  }
+};
+
+// rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
+template <typename Element, bool kGatedValue>
+struct ActivateEpilogue {
+  static constexpr bool kGated = kGatedValue;
+  static constexpr int kHalves = kGated ? 2 : 1;
+  const Element* bias;      // [E, kHalves * columns] or null
+  Element* rows;            // [S, columns]
+  Element* pre_activation;  // [S, kHalves * columns] or null
+  int columns;              // I
+  ActivationParams activation;
+
+  __device__ void operator()(const OutputPlace& place, float (&gate)[8], float (&up)[8]) const {
+    if (!place.exists) return;
+    const int64_t width = static_cast<int64_t>(kHalves) * columns;
+    if (bias != nullptr && place.has_expert) {
+      const Element* expert_bias = bias + place.expert * width + place.column;
+      add_bias8(expert_bias, gate);
+      if constexpr (kGated) add_bias8(expert_bias + columns, up);
+    }
+    if (pre_activation != nullptr) {
+      Element* pre = pre_activation + place.row * width + place.column;
+      store8(pre, gate);
+      if constexpr (kGated) store8(pre + columns, up);
+    }
+    float activated[8];
+    activate8<kGated>(activation, gate, up, activated);
+    store8(rows + place.row * columns + place.column, activated);
+  }
+};
+
+// The outputs are u = grad_output @ down_proj; see DownProjBackwardParams.
+template <typename Element, bool kGatedActivation>
+struct ActivateBackwardEpilogue {
+  static constexpr bool kGated = false;  // the tile itself has one kind of column
+  static constexpr int kHalves = kGatedActivation ? 2 : 1;
+  const float* topk_weights;      // [T * K]
+  const int32_t* sorted_rows;     // [S]
+  const Element* pre_activation;  // [S, kHalves * columns]
+  Element* grad_pre_activation;   // [S, kHalves * columns]
+  Element* weighted_rows;         // [S, columns]
+  float* partials;                // [S, num_partials]
+  int columns;                    // I
+  int num_partials;
+  ActivationParams activation;
+
+  __device__ void operator()(const OutputPlace& place, float (&u)[8], const float (&)[8]) const {
+    float sum = 0.0f;
+    if (place.exists) sum = place.has_expert ? gradients(place, u) : zeros(place);
+    // 4 neighbouring lanes hold the 32 columns of one partial sum (kRoutingGradColumns).
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (place.exists && place.has_expert && place.column % kRoutingGradColumns == 0) {
+      partials[place.row * num_partials + place.column / kRoutingGradColumns] = sum;
+    }
+  }
+
+ private:
+  // Stores the row's gradients and returns dot(activated, u) of these columns.
+  __device__ float gradients(const OutputPlace& place, const float (&u)[8]) const {
+    const int64_t pre_offset = place.row * kHalves * columns + place.column;
+    const float weight = topk_weights[sorted_rows[place.row]];
+    float gate[8], up[8], activated[8], by_gate[8], by_up[8];
+    load8(pre_activation + pre_offset, gate);
+    if constexpr (kGatedActivation) load8(pre_activation + pre_offset + columns, up);
+    activate8_backward<kGatedActivation>(activation, gate, up, activated, by_gate, by_up);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      sum += activated[i] * u[i];
+      by_gate[i] *= weight * u[i];
+      if constexpr (kGatedActivation) by_up[i] *= weight * u[i];
+      activated[i] *= weight;
+    }
+    store8(grad_pre_activation + pre_offset, by_gate);
+    if constexpr (kGatedActivation) store8(grad_pre_activation + pre_offset + columns, by_up);
+    store8(weighted_rows + place.row * columns + place.column, activated);
+    return sum;
+  }
+
+  __device__ float zeros(const OutputPlace& place) const {
+    const int64_t pre_offset = place.row * kHalves * columns + place.column;
+    const float nothing[8] = {};
+    store8(grad_pre_activation + pre_offset, nothing);
+    if constexpr (kGatedActivation) store8(grad_pre_activation + pre_offset + columns, nothing);
+    store8(weighted_rows + place.row * columns + place.column, nothing);
+    return 0.0f;
+  }
+};
+
+}  // namespace moe

@@ -1,0 +1,56 @@
+// The choice of tiles. See launch.h.
+#include "launch.h"
+
+#include <array>
+#include <mutex>
+
+namespace moe {
+
+namespace {
+
+std::atomic<TileChoice> forced_tile{TileChoice::kAuto};
+
+DeviceLimits query_limits(int device) {
+  DeviceLimits limits{};
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), "device attributes");
+    return value;
+  };
+  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  limits.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.shared_bytes_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  return limits;
+}
+
+int shared_bytes_of(TileChoice choice) {
+  int bytes = 0;
+  dispatch_tile(choice, [&](auto config) { bytes = decltype(config)::kSharedBytes; });
+  return bytes;
+}
+
+}  // namespace
+
+DeviceLimits device_limits() {
+  constexpr int kCached = 64;
+  static std::array<std::once_flag, kCached> asked;
+  static std::array<DeviceLimits, kCached> limits;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  if (device >= kCached) return query_limits(device);
+  std::call_once(asked[device], [&] { limits[device] = query_limits(device); });
+  return limits[device];
+}
+
+void force_tile(TileChoice choice) { forced_tile.store(choice, std::memory_order_relaxed); }
+
+TileChoice choose_tile(int64_t num_rows, int num_experts, const DeviceLimits& limits) {
+  TileChoice choice = forced_tile.load(std::memory_order_relaxed);
+  if (choice == TileChoice::kAuto) {
+    const int64_t rows_per_expert = num_rows / std::max(num_experts, 1);
+    choice = rows_per_expert <= 16 ? TileChoice::k16x128 : rows_per_expert <= 48 ? TileChoice::k64x128 : TileChoice::k128x128;
+  }
+  return shared_bytes_of(choice) <= limits.shared_bytes_per_block ? choice : TileChoice::k128x128;
+}
+
+}  // namespace moe

@@ -1,0 +1,75 @@
+// Which tile a block computes next, found on the device from expert_offsets: no host needs to know the loads.
+//
+// Tiles are numbered expert by expert, inside an expert by column tile, inside that by row tile, so that neighbouring blocks share
+// the weights' tile. Block b computes tiles b, b + gridDim.x, ... The rows behind the last expert (slots whose id was no expert)
+// are one more group, `expert == num_experts`, whose outputs are zeros.
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+struct Tile {
+  int expert;      // num_experts: rows without an expert
+  int row_begin;   // first row of the tile
+  int row_end;     // one past the last row of the group: rows of the tile beyond it do not exist
+  int column_tile;
+};
+
+template <int kTileRows>
+class TileScheduler {
+ public:
+  __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles)
+      : offsets_(expert_offsets), num_experts_(num_experts), num_rows_(num_rows), column_tiles_(column_tiles) {
+    load_groups();
+  }
+
+  // Warp-collective: every warp of the block finds the same tile. False: no tile is left.
+  __device__ bool next(Tile& tile) {
+    while (index_ >= (tiles_before_ + __shfl_sync(~0u, inclusive_, 31)) * column_tiles_) {
+      tiles_before_ += __shfl_sync(~0u, inclusive_, 31);
+      first_group_ += 32;
+      if (first_group_ > num_experts_) return false;
+      load_groups();
+    }
+    const unsigned reached = __ballot_sync(~0u, index_ < (tiles_before_ + inclusive_) * column_tiles_);
+    const int owner = __ffs(reached) - 1;
+    const int begin = __shfl_sync(~0u, begin_, owner);
+    const int end = __shfl_sync(~0u, end_, owner);
+    const int inclusive = __shfl_sync(~0u, inclusive_, owner);
+    const int row_tiles = row_tiles_of(begin, end);
+    const int local = index_ - (tiles_before_ + inclusive - row_tiles) * column_tiles_;
+    tile.expert = first_group_ + owner;
+    tile.column_tile = local / row_tiles;
+    tile.row_begin = begin + (local - tile.column_tile * row_tiles) * kTileRows;
+    tile.row_end = end;
+    index_ += gridDim.x;
+    return true;
+  }
+
+ private:
+  __device__ static int row_tiles_of(int begin, int end) { return (end - begin + kTileRows - 1) / kTileRows; }
+
+  // Lane l looks at group first_group_ + l.
+  __device__ void load_groups() {
+    const int lane = threadIdx.x % 32;
+    const int group = first_group_ + lane;
+    begin_ = group <= num_experts_ ? offsets_[group] : 0;
+    end_ = group < num_experts_ ? offsets_[group + 1] : (group == num_experts_ ? num_rows_ : 0);
+    inclusive_ = row_tiles_of(begin_, end_);
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int lower = __shfl_up_sync(~0u, inclusive_, distance);
+      if (lane >= distance) inclusive_ += lower;
+    }
+  }
+
+  const int32_t* offsets_;
+  int num_experts_, num_rows_, column_tiles_;
+  int index_ = blockIdx.x;
+  int first_group_ = 0;
+  int tiles_before_ = 0;  // row tiles of the groups before first_group_
+  int begin_, end_, inclusive_;
+};
+
+}  // namespace moe

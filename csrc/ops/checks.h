@@ -1,0 +1,146 @@
+// The torch side of every operator: tensors in, plain pointers out. Arguments were checked in Python with the user's names;
+// what is checked here again is what would make a kernel read outside its memory.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../kernels/params.h"
+
+// Resolves in CUDA builds of torch only; weak, so that the module also loads in a CPU build.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace moe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename... Args>
+void check(bool condition, const Args&... message) {
+  if (!condition) {
+    std::ostringstream text;
+    text << "moe_kernels: ";
+    (text << ... << message);
+    throw std::runtime_error(text.str());
+  }
+}
+
+// Makes the tensor's device current while it lives and knows that device's current stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: check(false, name, " must be float32, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+// The dtypes that the kernels store.
+inline DType half_dtype_of(const Tensor& tensor, const char* name) {
+  const DType dtype = dtype_of(tensor, name);
+  check(dtype != DType::kFloat32, name, " must be bfloat16 or float16");
+  return dtype;
+}
+
+// The tensor's memory, after checking dtype, shape, contiguity and alignment (in bytes).
+inline void* checked_data(const Tensor& tensor, const char* name, ScalarType dtype, const std::vector<int64_t>& shape,
+                          uintptr_t alignment = 16) {
+  check(tensor.is_cuda(), name, " must be a CUDA tensor");
+  check(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape[i];
+  if (!same) {
+    std::ostringstream want, got;
+    for (int64_t size : shape) want << ' ' << size;
+    for (int64_t i = 0; i < tensor.dim(); ++i) got << ' ' << tensor.size(i);
+    check(false, name, " must have shape [", want.str(), " ], got [", got.str(), " ]");
+  }
+  check(tensor.is_contiguous(), name, " must be contiguous");
+  void* data = tensor.data_ptr();
+  check(reinterpret_cast<uintptr_t>(data) % alignment == 0, name, " must be aligned to ", alignment, " bytes");
+  return data;
+}
+
+// Routing tensors are read element by element, so that slices such as topk_ids[1:] need no copy.
+inline int32_t* int_data(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+  return static_cast<int32_t*>(checked_data(tensor, name, ScalarType::Int, shape, sizeof(int32_t)));
+}
+
+inline float* float_data(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+  return static_cast<float*>(checked_data(tensor, name, ScalarType::Float, shape, sizeof(float)));
+}
+
+inline int32_t* int_data(const OptionalTensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+  return tensor.has_value() ? int_data(*tensor, name, shape) : nullptr;
+}
+
+inline float* float_data(const OptionalTensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+  return tensor.has_value() ? float_data(*tensor, name, shape) : nullptr;
+}
+
+inline void* checked_data(const OptionalTensor& tensor, const char* name, ScalarType dtype,
+                          const std::vector<int64_t>& shape) {
+  return tensor.has_value() ? checked_data(*tensor, name, dtype, shape) : nullptr;
+}
+
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {
+  return new_empty(like, shape, like.scalar_type());
+}
+
+inline ScoreFn score_fn_of(const std::string& name) {
+  if (name == "softmax") return ScoreFn::kSoftmax;
+  if (name == "sigmoid") return ScoreFn::kSigmoid;
+  if (name == "sqrtsoftplus") return ScoreFn::kSqrtSoftplus;
+  check(false, "score_fn must be softmax, sigmoid or sqrtsoftplus, got ", name);
+  return ScoreFn::kSoftmax;
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "swiglu") return Activation::kSwiGLU;
+  if (name == "geglu") return Activation::kGeGLU;
+  if (name == "geglu_tanh") return Activation::kGeGLUTanh;
+  if (name == "reglu") return Activation::kReGLU;
+  if (name == "silu") return Activation::kSiLU;
+  if (name == "gelu") return Activation::kGELU;
+  if (name == "relu") return Activation::kReLU;
+  if (name == "relu2") return Activation::kReLU2;
+  check(false, "unknown activation ", name);
+  return Activation::kSwiGLU;
+}
+
+inline bool is_gated(Activation activation) { return activation <= Activation::kReGLU; }
+
+}  // namespace moe

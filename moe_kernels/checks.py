@@ -1,0 +1,124 @@
+"""Argument checks of the public functions. Each raises ValueError or TypeError that names the argument, what it wants
+and what it got, before anything is launched."""
+
+import torch
+
+from .activation import ACTIVATIONS, is_gated
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+MAX_ROWS = 2**31 - 1  # rows are numbered in int32
+
+
+def _names(dtypes):
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _has_shape(x, shape):
+    sizes = x.shape
+    if len(sizes) != len(shape):
+        return False
+    for got, (_, size) in zip(sizes, shape):
+        if size is not None and got != size:
+            return False
+    return True
+
+
+def check_tensor(name, x, shape, dtypes, device=None):
+    """A tensor with this many dimensions and, where shape has no None, these sizes; of one of dtypes, on device.
+
+    shape: a tuple of (letter, size or None) pairs, such as (("T", None), ("H", 64)).
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} wants a tensor, got {type(x).__name__}")
+    if not _has_shape(x, shape):
+        wanted = "[" + ", ".join(letter if size is None else f"{letter}={size}" for letter, size in shape) + "]"
+        raise ValueError(f"{name} wants shape {wanted}, got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} wants dtype {_names(dtypes)}, got {_names([x.dtype])}")
+    if device is not None:
+        if x.device != device:
+            raise ValueError(f"{name} wants device {device}, got {x.device}")
+    elif x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} wants device cpu or cuda, got {x.device}")
+
+
+def check_integer(name, value, lowest, highest=None):
+    """An integer in [lowest, highest]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} wants an integer, got {type(value).__name__}")
+    if value < lowest or (highest is not None and value > highest):
+        limit = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
+        raise ValueError(f"{name} wants {limit}, got {value}")
+
+
+def check_multiple_of_8(name, size):
+    """The kernels move 16 bytes at a time, eight bf16 or fp16 elements."""
+    if size % 8 != 0:
+        raise ValueError(f"{name} wants a multiple of 8 for the CUDA kernels, got {size}")
+
+
+def check_choice(name, value, choices):
+    """One of a list of names."""
+    if value not in choices:
+        raise ValueError(f"{name} wants one of {', '.join(choices)}, got {value!r}")
+
+
+def check_num_rows(num_tokens, top_k):
+    """T*K fits in int32."""
+    if num_tokens * top_k > MAX_ROWS:
+        raise ValueError(f"topk_ids wants T*K below 2^31 rows, got {num_tokens} * {top_k}")
+
+
+def check_activation(activation, swiglu_limit):
+    """A known activation; a positive limit, and that with swiglu alone."""
+    check_choice("activation", activation, ACTIVATIONS)
+    if swiglu_limit is None:
+        return
+    if activation != "swiglu":
+        raise ValueError(f"swiglu_limit wants activation 'swiglu', got {activation!r}")
+    if isinstance(swiglu_limit, bool) or not isinstance(swiglu_limit, (int, float)):
+        raise TypeError(f"swiglu_limit wants a number, got {type(swiglu_limit).__name__}")
+    if not swiglu_limit > 0:
+        raise ValueError(f"swiglu_limit wants a number above 0, got {swiglu_limit}")
+
+
+def check_groups(num_experts, top_k, num_expert_groups, topk_groups):
+    """Groups divide the experts, and those that are kept hold at least top_k of them."""
+    check_integer("num_expert_groups", num_expert_groups, 1, num_experts)
+    if num_experts % num_expert_groups != 0:
+        raise ValueError(f"num_expert_groups wants a divisor of {num_experts} experts, got {num_expert_groups}")
+    check_integer("topk_groups", topk_groups, 1, num_expert_groups)
+    available = topk_groups * (num_experts // num_expert_groups)
+    if top_k > available:
+        raise ValueError(f"topk_groups wants groups that hold top_k={top_k} experts, got {topk_groups} of {available}")
+
+
+def check_topk(topk_weights, topk_ids, num_tokens, dtype, device):
+    """Routing of T tokens: weights fp32 (fp64 with fp64 rows) and ids, both [T, K]. Weights may be None."""
+    check_tensor("topk_ids", topk_ids, (("T", num_tokens), ("K", None)), INDEX_DTYPES, device)
+    check_integer("the last size of topk_ids", topk_ids.shape[1], 1)
+    check_num_rows(*topk_ids.shape)
+    if topk_weights is not None:
+        dtypes = (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
+        check_tensor("topk_weights", topk_weights, (("T", num_tokens), ("K", topk_ids.shape[1])), dtypes, device)
+
+
+def check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation):
+    """Shapes, dtypes and devices of the experts' tensors; hidden_states says what the others must be."""
+    check_tensor("hidden_states", hidden_states, (("T", None), ("H", None)), FLOAT_DTYPES)
+    dtype, device, hidden_size = (hidden_states.dtype,), hidden_states.device, hidden_states.shape[1]
+    halves = 2 if is_gated(activation) else 1
+    width = "2I" if halves == 2 else "I"
+    check_tensor("gate_up_proj", gate_up_proj, (("E", None), (width, None), ("H", hidden_size)), dtype, device)
+    num_experts, columns, _ = gate_up_proj.shape
+    check_integer("the first size of gate_up_proj", num_experts, 1)
+    if columns % halves != 0:
+        raise ValueError(f"gate_up_proj wants two halves for activation {activation!r}, got {columns} rows an expert")
+    shape = (("E", num_experts), ("H", hidden_size), ("I", columns // halves))
+    check_tensor("down_proj", down_proj, shape, dtype, device)
+    if gate_up_bias is not None:
+        check_tensor("gate_up_bias", gate_up_bias, (("E", num_experts), (width, columns)), dtype, device)
+    if down_bias is not None:
+        check_tensor("down_bias", down_bias, (("E", num_experts), ("H", hidden_size)), dtype, device)

@@ -1,0 +1,298 @@
+"""The benchmark itself: its shapes, its arithmetic, that a wrong layer is noticed, and a run from end to end."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cases, peers, report, results_file
+from bench.__main__ import main
+from bench.inputs import Inputs, make_inputs, make_routing, make_weights
+from bench.limits import Limits
+from bench.measure import floor_ms, touched_bytes
+from bench.reference import WrongResult, check_layer, sampled_tokens
+from bench.timing import measure
+from moe_kernels import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS_RUN = torch.cuda.is_available() and ops.uses_kernels(torch.empty(0, dtype=torch.bfloat16, device="cuda"))
+DEVICES = ["cpu"] + (["cuda"] if KERNELS_RUN else [])  # without the kernels a GPU is refused
+QUICK = cases.QUICK_SHAPES[0]
+BIND_OURS = peers.bind_ours
+LIMITS = Limits(dense_tflop_per_s=700.0, copy_gb_per_s=3000.0, read_gb_per_s=3172.0, read_latency_us=9.6)
+
+
+def quick_inputs(num_tokens=32, dtype=torch.float32, device="cpu"):
+    return make_inputs(QUICK, num_tokens, make_weights(QUICK, dtype, torch.device(device)))
+
+
+def result_row(**changes):
+    row = {"shape": "olmoe", "num_tokens": 4096, "pass": "forward", "dtype": "bf16", "routing": "uniform",
+           "impl": "moe_kernels", "ms": 2.0, "floor_ms": 1.0, "share": 0.5, "tflop_per_s": 100.0, "gb_per_s": None,
+           "peak_extra_mb": 1.0, "timing": "graph"}
+    return {**row, **changes}
+
+
+def results_content(rows, root=ROOT):
+    return {"card": "NVIDIA H100 80GB HBM3", "date": "2026-11-24T10:00:00+00:00", "versions": {"torch": "2.11.0"},
+            "source_hash": results_file.source_hash(root), "limits": LIMITS.as_json(),
+            "tests": {"passed": 3, "failed": 0, "skipped": 1}, "failures": [], "results": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def test_passes_of_the_shapes():
+    keys = cases.expected_keys()
+    assert len(keys) == len(set(keys)) == 17 + 16 + 13  # forward, train, decode
+    assert ("seed-1t-full", 4096, "train") not in keys and ("qwen3-30b", 128, "decode") in keys
+
+
+def test_select():
+    assert cases.select("qwen3-30b")[0][0].num_experts == 128 and cases.select("qwen3-30b")[1] == ()
+    assert cases.select(quick=True) == (cases.QUICK_SHAPES, cases.QUICK_ROUTINGS)
+    with pytest.raises(ValueError, match="mixtral.*got nothing-like-it"):
+        cases.select("nothing-like-it")
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf"])
+def test_routing_is_distinct_and_weights_sum_to_one(routing):
+    weights, ids = make_routing(500, 16, 4, torch.device("cpu"), routing)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert all(len(set(row)) == 4 and 0 <= min(row) and max(row) < 16 for row in ids.tolist())
+    torch.testing.assert_close(weights.sum(-1), torch.ones(500))
+    load = ids.flatten().bincount(minlength=16).float()
+    assert (load.max() / load.mean() > 2) == (routing == "zipf")
+
+
+# -------------------------------------------------------------------------------------------------- floors and timing
+
+
+def test_floor_of_a_decode_is_the_cold_read_fit():
+    mixtral = cases.select("mixtral")[0][0]
+    inputs = make_fake_inputs(mixtral, 64)
+    assert touched_bytes(mixtral, inputs) == 8 * 3 * 4096 * 14336 * 2
+    assert floor_ms(mixtral, inputs, "decode", LIMITS, 0.0) == pytest.approx(0.0096 + 2.818572288 / 3.172, rel=1e-6)
+
+
+def test_floor_of_training_is_three_passes_over_the_weights_or_the_dense_products():
+    olmoe = cases.select("olmoe")[0][0]
+    inputs = make_fake_inputs(olmoe, 4096)
+    weights = 64 * 3 * 2048 * 1024 * 2
+    assert floor_ms(olmoe, inputs, "train", LIMITS, 0.1) == pytest.approx(3 * weights / 3e9, rel=1e-6)
+    assert floor_ms(olmoe, inputs, "forward", LIMITS, 0.1) == pytest.approx((weights + 4 * 4096 * 2048) / 3e9, rel=1e-6)
+    assert floor_ms(olmoe, inputs, "forward", LIMITS, 9.0) == 9.0
+
+
+def make_fake_inputs(shape, num_tokens):
+    """Inputs whose big tensors are on the meta device; every expert is chosen."""
+    with torch.device("meta"):
+        hidden = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16)
+        weight = torch.empty(1, 1, dtype=torch.bfloat16)
+    ids = torch.arange(num_tokens * shape.top_k).remainder(shape.num_experts).view(num_tokens, shape.top_k)
+    return Inputs(hidden, weight, weight, ids.float(), ids, hidden)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_measure_orders_a_slow_and_a_fast_function(device):
+    a = torch.randn(512, 512, device=device)
+    timings = measure({"slow": lambda: [a @ a for _ in range(20)], "fast": lambda: a + 1.0}, torch.device(device))
+    assert timings["slow"].ms > timings["fast"].ms > 0
+    assert {timing.mode for timing in timings.values()} == {"graph" if device == "cuda" else "cpu"}
+
+
+def test_measure_leaves_out_a_peer_that_raises(capsys):
+    def broken():
+        raise RuntimeError("not here")
+
+    timings = measure({"ours": lambda: None, "peer": broken}, torch.device("cpu"), budget_s=0.01)
+    assert set(timings) == {"ours"} and "peer does not run: RuntimeError: not here" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        measure({"ours": broken, "peer": lambda: None}, torch.device("cpu"), budget_s=0.01)
+
+
+# -------------------------------------------------------------------------------------------------------- correctness
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ["moe_kernels", "hf_grouped_mm", "hf_eager", "torch_grouped_mm", "torch_loop"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_implementation_agrees_with_the_reference(device, name, train):
+    ours = name == "moe_kernels"
+    peer = peers.Peer(name, peers.bind_ours) if ours else peers.PEERS[name]
+    if not peer.available():
+        pytest.skip(f"{name} is not installed")
+    inputs = quick_inputs(dtype=torch.bfloat16, device=device)
+    error = check_layer(inputs if ours else peer.inputs(inputs), peer.bind, train)
+    assert 0 < error < 0.02
+
+
+def test_reference_in_fp32_is_close():
+    assert check_layer(quick_inputs(), peers.bind_ours, train=True) < 1e-5
+
+
+def swapped_halves(inputs):
+    layer_inputs = inputs._replace(gate_up_proj=inputs.gate_up_proj.flip(1))
+    return BIND_OURS(layer_inputs)
+
+
+def last_token_zero(inputs):
+    layer = BIND_OURS(inputs)
+    return lambda: torch.cat([layer()[:-1], torch.zeros_like(inputs.hidden_states[:1])])
+
+
+def doubled_gradient(inputs):
+    layer = BIND_OURS(inputs)
+    return lambda: 2 * layer() - layer().detach()
+
+
+@pytest.mark.parametrize("bind, train, what", [
+    (swapped_halves, False, "output"), (last_token_zero, False, "output"), (doubled_gradient, True, "gradient")])
+def test_a_wrong_layer_is_noticed(bind, train, what):
+    with pytest.raises(WrongResult, match=what):
+        check_layer(quick_inputs(), bind, train)
+
+
+def test_sampled_tokens():
+    assert sampled_tokens(1) == [0] and sampled_tokens(3) == [0, 1, 2]
+    assert sampled_tokens(4096)[0] == 0 and sampled_tokens(4096)[-1] == 4095 and len(sampled_tokens(4096)) == 8
+
+
+# ------------------------------------------------------------------------------------------------------ results, README
+
+
+@pytest.mark.parametrize("card, expected", [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ("NVIDIA L4", "l4"), ("CPU x86_64", "cpu-x86")])
+def test_slug(card, expected):
+    assert results_file.slug(card) == expected
+
+
+def test_source_hash_sees_names_and_contents_and_no_binaries(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "moe_kernels").mkdir()
+    (tmp_path / "csrc" / "a.cu").write_text("one")
+    first = results_file.source_hash(tmp_path)
+    (tmp_path / "moe_kernels" / "_C.so").write_text("binary")
+    (tmp_path / "moe_kernels" / "__pycache__").mkdir()
+    (tmp_path / "moe_kernels" / "__pycache__" / "a.py").write_text("cache")
+    assert results_file.source_hash(tmp_path) == first
+    (tmp_path / "csrc" / "a.cu").write_text("two")
+    second = results_file.source_hash(tmp_path)
+    (tmp_path / "csrc" / "a.cu").rename(tmp_path / "csrc" / "b.cu")
+    assert len({first, second, results_file.source_hash(tmp_path)}) == 3
+
+
+def test_a_second_run_on_the_same_sources_keeps_the_other_rows():
+    previous = results_content([result_row(ms=9.0), result_row(**{"pass": "train"})])
+    merged = results_file.merge(previous, {**results_content([result_row(ms=1.0)]), "tests": None})
+    assert [(row["pass"], row["ms"]) for row in merged["results"]] == [("train", 2.0), ("forward", 1.0)]
+    assert merged["tests"] == {"passed": 3, "failed": 0, "skipped": 1}
+    other = {**previous, "source_hash": "0"}
+    assert len(results_file.merge(other, results_content([result_row()]))["results"]) == 1
+
+
+def test_counts_of_tests(tmp_path):
+    path = tmp_path / "junit.xml"
+    path.write_text('<testsuites><testsuite tests="10" failures="1" errors="1" skipped="3"/></testsuites>')
+    assert results_file.tests_from_junit(path) == {"passed": 5, "failed": 2, "skipped": 3}
+    assert results_file.tests_from_text("812,0,3") == {"passed": 812, "failed": 0, "skipped": 3}
+    with pytest.raises(ValueError, match="PASSED,FAILED,SKIPPED"):
+        results_file.tests_from_text("many")
+
+
+def test_summary_has_the_geometric_mean_and_names_what_is_slower():
+    rows = [result_row(), result_row(impl="hf_grouped_mm", ms=8.0),
+            result_row(shape="mixtral", num_tokens=8192, ms=4.0),
+            result_row(shape="mixtral", num_tokens=8192, impl="hf_grouped_mm", ms=2.0)]
+    line, = report.summary(rows)
+    assert "1.41 times as fast as Hugging Face's grouped_mm" in line and "2 cases" in line  # sqrt(4 * 0.5)
+    assert line.endswith("slower in mixtral 8192 (0.50).")
+
+
+def test_check_tells_what_is_stale(tmp_path):
+    for folder in ("csrc", "moe_kernels", "results"):
+        (tmp_path / folder).mkdir()
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"top\n{report.BEGIN}\n{report.END}\nbottom\n")
+    report.fill_readme(readme, results)
+    assert report.NO_RESULTS in readme.read_text()
+    assert ["there is no results file" in problem for problem in report.check(readme, results, tmp_path)] == [True]
+
+    rows = [result_row(), result_row(impl="hf_grouped_mm", ms=3.0, timing="eager")]
+    results_file.write(results / "h100.json", results_content(rows, tmp_path))
+    assert json.loads((results / "h100.json").read_text()) == results_content(rows, tmp_path)
+    assert "README.md does not show" in report.check(readme, results, tmp_path)[0]
+    report.fill_readme(readme, results)
+    assert report.check(readme, results, tmp_path) == []
+    text = readme.read_text()
+    assert text.startswith("top\n") and text.endswith("\nbottom\n")
+    assert "| olmoe | 4096 | 2.000 | 100 | 0.50 | 3.000* | 1.50 |" in text and "3 passed, 0 failed, 1 skipped" in text
+
+    (tmp_path / "csrc" / "new.cu").write_text("changed")
+    assert ["h100.json is stale" in problem for problem in report.check(readme, results, tmp_path)] == [True]
+
+
+def test_the_stored_readme_block_is_that_of_the_stored_results():
+    readme = (ROOT / "README.md").read_text()
+    assert report.readme_block() in readme
+
+
+# ---------------------------------------------------------------------------------------------------- from end to end
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_quick_run_from_end_to_end(device, tmp_path, capsys):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    places = ["--results", str(results), "--readme-file", str(readme)]
+    assert main(["--device", device, "--quick", "--save", "--tests", "5,0,1", *places]) == 0
+    output = capsys.readouterr().out
+    assert "Forward: " in output and "stage:up_proj" in output and "stage:gate+plan" in output
+    (path, content), = results_file.read_all(results)
+    ours = [row for row in content["results"] if row["impl"] == "moe_kernels"]
+    assert {row["pass"] for row in ours} == {"forward", "train", "decode", *(f"stage:{stage}" for stage in (
+        "gate", "plan", "gate+plan", "up_proj", "down_proj", "combine"))}
+    assert content["tests"]["passed"] == 5 and all(row["ms"] > 0 for row in content["results"])
+    assert all(0 < row["relative_error"] < 0.02 for row in ours if not row["pass"].startswith("stage:"))
+    assert all(row["timing"] == ("graph" if device == "cuda" else "cpu") for row in ours)
+    if importlib.util.find_spec("matplotlib"):
+        assert path.with_suffix(".png").stat().st_size > 1000
+    assert main(["--check", *places]) == 0
+    readme.write_text(readme.read_text().replace("quick", "edited"))
+    assert main(["--check", *places]) == 1
+    assert main(["--readme", "--tests", "6,0,0", *places]) == 0 and main(["--check", *places]) == 0
+    assert "6 passed" in readme.read_text()
+
+
+def test_a_failing_case_is_named_and_the_rest_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "bind_ours", swapped_halves)
+    assert main(["--device", "cpu", "--shape", "quick", "--pass", "forward"]) == 1
+    assert "FAILED quick 1024 forward: WrongResult" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--shape", "nothing"], "--shape wants one of"), (["--peers", "nothing"], "--peers wants auto"),
+    (["--quick", "--save", "--device", "cpu"], "wants the real shapes")])
+def test_wrong_options_are_one_line(arguments, message, capsys):
+    assert main([*arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; from bench.__main__ import main; main(['--check'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pytest_benchmark_files_run():
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    on_the_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=on_the_cpu)
+    assert done.returncode == 0 and "test_up_proj" in done.stdout, done.stdout + done.stderr
