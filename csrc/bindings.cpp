@@ -1,4 +1,4 @@
-// Binds the CUDA implementations, in flow order, to the operators that moe_kernels/ops.py defines. Nothing else is here: the
+// Binds the CUDA implementations, in flow order, to the operators that moe_kernels/schemas.py defines. Nothing else is here: the
 // schemas live in Python, because the same operators exist where this module was not built.
 #include "ops/ops.h"
 

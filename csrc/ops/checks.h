@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -120,6 +121,15 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {
   return new_empty(like, shape, like.scalar_type());
 }
 
+// The tensor, or a copy where its memory does not begin on 16 bytes, as a view into a flat buffer may.
+inline Tensor aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 ? tensor : torch::stable::clone(tensor);
+}
+
+inline OptionalTensor aligned(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(aligned(*tensor)) : tensor;
+}
+
 inline ScoreFn score_fn_of(const std::string& name) {
   if (name == "softmax") return ScoreFn::kSoftmax;
   if (name == "sigmoid") return ScoreFn::kSigmoid;
@@ -139,6 +149,25 @@ inline Activation activation_of(const std::string& name) {
   if (name == "relu2") return Activation::kReLU2;
   check(false, "unknown activation ", name);
   return Activation::kSwiGLU;
+}
+
+inline float limit_of(std::optional<double> swiglu_limit) {
+  return swiglu_limit.has_value() ? static_cast<float>(*swiglu_limit) : std::numeric_limits<float>::infinity();
+}
+
+// Sizes that the kernels count in 32 bits, moved 16 bytes at a time.
+inline int checked_width(int64_t size, const char* name) {
+  check(size > 0 && size % 8 == 0 && size <= (1 << 30), name, " must be a positive multiple of 8, got ", size);
+  return static_cast<int>(size);
+}
+
+inline int checked_int(int64_t size, const char* name) {
+  check(size >= 0 && size <= std::numeric_limits<int32_t>::max(), name, " must fit in 32 bits, got ", size);
+  return static_cast<int>(size);
+}
+
+inline void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
+  check(tensor.dim() == dim, name, " must have ", dim, " dimensions, got ", tensor.dim());
 }
 
 inline bool is_gated(Activation activation) { return activation <= Activation::kReGLU; }

@@ -1,4 +1,4 @@
-// The operators as C++ functions; their schemas and shapes are those of moe_kernels/ops.py.
+// The operators as C++ functions; their schemas and shapes are those of moe_kernels/schemas.py.
 #pragma once
 
 #include "checks.h"

@@ -1,0 +1,53 @@
+// Operators fused_experts and fused_experts_backward: the flow, stage by stage, in one call.
+#include "ops.h"
+
+namespace moe {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts(
+    Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, Tensor topk_ids,
+    OptionalTensor gate_up_bias, OptionalTensor down_bias, std::string activation, std::optional<double> swiglu_limit,
+    bool keep_pre_activation) {
+  check_dim(topk_ids, "topk_ids", 2);
+  check_dim(gate_up_proj, "gate_up_proj", 3);
+  auto [expert_offsets, sorted_rows, row_of_slot] = plan(topk_ids, gate_up_proj.size(0));
+  auto [rows, pre_activation] = up_proj(hidden_states, gate_up_proj, gate_up_bias, expert_offsets, sorted_rows, topk_ids.size(1),
+                                        activation, swiglu_limit, keep_pre_activation);
+  Tensor expert_rows = grouped_mm(rows, down_proj, down_bias, expert_offsets, true);
+  Tensor output = combine(expert_rows, topk_weights, row_of_slot);
+  return {output, pre_activation, expert_offsets, sorted_rows, row_of_slot};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backward(
+    Tensor grad_output, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights,
+    OptionalTensor gate_up_bias, OptionalTensor down_bias, Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows,
+    Tensor row_of_slot, std::string activation, std::optional<double> swiglu_limit, std::vector<bool> needs) {
+  check(needs.size() == 6, "needs must have 6 entries, got ", needs.size());
+  check_dim(topk_weights, "topk_weights", 2);
+  const int64_t top_k = topk_weights.size(1);
+  const ScalarType dtype = hidden_states.scalar_type();
+  auto unwanted = [&](ScalarType type) { return torch::stable::new_empty(hidden_states, {0}, type); };
+  Tensor grad_hidden_states = unwanted(dtype), grad_gate_up_proj = unwanted(dtype), grad_down_proj = unwanted(dtype);
+  Tensor grad_gate_up_bias = unwanted(dtype), grad_down_bias = unwanted(dtype);
+
+  Tensor grad_pre_activation = unwanted(dtype), grad_topk_weights = unwanted(ScalarType::Float);
+  {
+    auto [grad_pre, weighted_rows, grad_weights] =
+        down_proj_backward(grad_output, topk_weights, down_proj, down_bias, pre_activation, expert_offsets, sorted_rows,
+                           row_of_slot, activation, swiglu_limit);
+    if (needs[2]) grad_down_proj = weight_grad(grad_output, weighted_rows, expert_offsets, sorted_rows, std::nullopt, top_k);
+    if (needs[3]) grad_topk_weights = grad_weights;
+    grad_pre_activation = grad_pre;
+  }  // weighted_rows is free before the next [S, H] is taken
+  if (needs[5]) grad_down_bias = bias_grad(grad_output, topk_weights, expert_offsets, sorted_rows, top_k);
+  if (needs[1]) {
+    grad_gate_up_proj = weight_grad(grad_pre_activation, hidden_states, expert_offsets, std::nullopt, sorted_rows, top_k);
+  }
+  if (needs[4]) grad_gate_up_bias = bias_grad(grad_pre_activation, std::nullopt, expert_offsets, std::nullopt, top_k);
+  if (needs[0]) {
+    Tensor grad_rows = grouped_mm(grad_pre_activation, gate_up_proj, std::nullopt, expert_offsets, false);
+    grad_hidden_states = combine(grad_rows, std::nullopt, row_of_slot);
+  }
+  return {grad_hidden_states, grad_gate_up_proj, grad_down_proj, grad_topk_weights, grad_gate_up_bias, grad_down_bias};
+}
+
+}  // namespace moe
