@@ -40,15 +40,15 @@ int persistent_blocks(int64_t tiles, const DeviceLimits& limits) {
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(tiles, 1), static_cast<int64_t>(limits.multiprocessors) * per_sm));
 }
 
-// Allows the kernel its shared memory, once a device.
-template <typename Config, typename Kernel>
-void allow_shared_memory(Kernel kernel, const char* name) {
+// Allows the kernel its shared memory, once a device. The kernel is a template argument because different kernels may have one type.
+template <typename Config, auto kKernel>
+void allow_shared_memory(const char* name) {
   static std::atomic<uint64_t> done{0};
   int device = 0;
   check_cuda(cudaGetDevice(&device), name);
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if ((done.load(std::memory_order_relaxed) & bit) != 0) return;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes), name);
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes), name);
   done.fetch_or(bit, std::memory_order_relaxed);
 }
 

@@ -10,13 +10,13 @@ namespace moe::sm80 {
 template <typename Config, bool kWeightsKMajor, typename Element, typename Epilogue>
 void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue, const DeviceLimits& limits,
                       cudaStream_t stream, const char* name) {
-  auto kernel = m_grouped_kernel<Config, Element, kWeightsKMajor, Epilogue>;
-  allow_shared_memory<Config>(kernel, name);
+  constexpr auto kKernel = m_grouped_kernel<Config, Element, kWeightsKMajor, Epilogue>;
+  allow_shared_memory<Config, kKernel>(name);
   const int64_t row_tiles = ceil_div(operands.num_rows, Config::kRows) + std::min(operands.num_experts, operands.num_rows);
   const int64_t column_tiles = ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
   if (row_tiles * column_tiles >= int64_t{1} << 31) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
   const int blocks = persistent_blocks<Config>(row_tiles * column_tiles, limits);
-  kernel<<<blocks, Config::kThreads, Config::kSharedBytes, stream>>>(operands, epilogue);
+  kKernel<<<blocks, Config::kThreads, Config::kSharedBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }
 
@@ -33,10 +33,10 @@ void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue&
 template <typename Config, typename Element>
 void launch_k_grouped(const KGroupedOperands<Element>& operands, const StoreEpilogue<Element>& epilogue, cudaStream_t stream,
                       const char* name) {
-  auto kernel = k_grouped_kernel<Config, Element>;
-  allow_shared_memory<Config>(kernel, name);
+  constexpr auto kKernel = k_grouped_kernel<Config, Element>;
+  allow_shared_memory<Config, kKernel>(name);
   const int64_t tiles = operands.num_experts * ceil_div(operands.n, Config::kRows) * ceil_div(operands.k, Config::kCols);
-  kernel<<<persistent_blocks<Config>(tiles, device_limits()), Config::kThreads, Config::kSharedBytes, stream>>>(operands, epilogue);
+  kKernel<<<persistent_blocks<Config>(tiles, device_limits()), Config::kThreads, Config::kSharedBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }
 
