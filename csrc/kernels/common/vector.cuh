@@ -53,6 +53,12 @@ __device__ __forceinline__ void load8(const Element* from, float (&values)[8]) {
   unpack8<Element>(*reinterpret_cast<const uint4*>(from), values);
 }
 
+// For memory that nothing writes while the kernel runs.
+template <typename Element>
+__device__ __forceinline__ void load8_readonly(const Element* from, float (&values)[8]) {
+  unpack8<Element>(__ldg(reinterpret_cast<const uint4*>(from)), values);
+}
+
 template <typename Element>
 __device__ __forceinline__ void store8(Element* to, const float (&values)[8]) {
   *reinterpret_cast<uint4*>(to) = pack8<Element>(values);

@@ -23,7 +23,7 @@ struct OutputPlace {
 template <typename Element>
 __device__ __forceinline__ void add_bias8(const Element* bias, float (&values)[8]) {
   float added[8];
-  load8(bias, added);
+  load8_readonly(bias, added);
 #pragma unroll
   for (int i = 0; i < 8; ++i) values[i] += added[i];
 }
@@ -105,10 +105,11 @@ struct ActivateBackwardEpilogue {
   // Stores the row's gradients and returns dot(activated, u) of these columns.
   __device__ float gradients(const OutputPlace& place, const float (&u)[8]) const {
     const int64_t pre_offset = place.row * kHalves * columns + place.column;
-    const float weight = topk_weights[sorted_rows[place.row]];
+    // Read-only loads: the compiler may start those of the next rows before the stores of this one.
+    const float weight = __ldg(topk_weights + __ldg(sorted_rows + place.row));
     float gate[8], up[8], activated[8], by_gate[8], by_up[8];
-    load8(pre_activation + pre_offset, gate);
-    if constexpr (kGatedActivation) load8(pre_activation + pre_offset + columns, up);
+    load8_readonly(pre_activation + pre_offset, gate);
+    if constexpr (kGatedActivation) load8_readonly(pre_activation + pre_offset + columns, up);
     activate8_backward<kGatedActivation>(activation, gate, up, activated, by_gate, by_up);
     float sum = 0.0f;
 #pragma unroll

@@ -48,9 +48,15 @@ TileChoice choose_tile(int64_t num_rows, int num_experts, const DeviceLimits& li
   TileChoice choice = forced_tile.load(std::memory_order_relaxed);
   if (choice == TileChoice::kAuto) {
     const int64_t rows_per_expert = num_rows / std::max(num_experts, 1);
-    choice = rows_per_expert <= 16 ? TileChoice::k16x128 : rows_per_expert <= 48 ? TileChoice::k64x128 : TileChoice::k128x128;
+    choice = rows_per_expert <= 16 ? TileChoice::k16x128 : rows_per_expert <= 48 ? TileChoice::k64x128 : TileChoice::k128x256;
   }
   return shared_bytes_of(choice) <= limits.shared_bytes_per_block ? choice : TileChoice::k128x128;
+}
+
+TileChoice weight_grad_tile(const DeviceLimits& limits) {
+  const bool fits = shared_bytes_of(TileChoice::k128x256) <= limits.shared_bytes_per_block;
+  const TileChoice forced = forced_tile.load(std::memory_order_relaxed);
+  return fits && (forced == TileChoice::kAuto || forced == TileChoice::k128x256) ? TileChoice::k128x256 : TileChoice::k128x128;
 }
 
 }  // namespace moe

@@ -27,6 +27,9 @@ DeviceLimits device_limits();  // of the current device
 // The tile of a product whose `num_rows` rows are shared by `num_experts` groups. kAuto never comes back.
 TileChoice choose_tile(int64_t num_rows, int num_experts, const DeviceLimits& limits);
 
+// The tile of a weight gradient: its outputs are the weights' shape, whatever the routing.
+TileChoice weight_grad_tile(const DeviceLimits& limits);
+
 // Makes choose_tile answer `choice` from now on, kAuto to end that: for tests and tuning.
 void force_tile(TileChoice choice);
 

@@ -4,7 +4,8 @@
 //
 // Both operands lie row by row, so both are MN-major and ldmatrix transposes them. Either may be gathered; its row numbers travel
 // through a small ring in shared memory, read from global memory one 64-row block before they are needed. Tiles are numbered
-// expert by expert, block b computes tiles b, b + gridDim.x, ... An expert without rows gets zeros. Deterministic: one block a tile.
+// expert by expert, along the rows of the output, so that what is written at the same time lies together; block b computes tiles
+// b, b + gridDim.x, ... An expert without rows gets zeros. Deterministic: one block a tile.
 #pragma once
 
 #include "tile_product.cuh"
@@ -64,21 +65,21 @@ __device__ __forceinline__ void k_grouped_main_loop(TileProduct<Config, Element,
   int fetched = rows.fetch(kAhead);
   product.run(
       num_blocks,
-      [&](uint32_t grad_stage, uint32_t a_stage, int block) {
+      [&](auto part, uint32_t grad_stage, uint32_t a_stage, int block) {
         if (block < kAhead) {  // the first copies: no ring yet
-          grad.load(grad_stage, [&](int i) { return rows.row(operands.grad_sorted_rows, block, i); });
-          a.load(a_stage, [&](int i) { return rows.row(operands.a_sorted_rows, block, i); });
-          if (block == kAhead - 1) {
+          grad.load(part, grad_stage, [&](int i) { return rows.row(operands.grad_sorted_rows, block, i); });
+          a.load(part, a_stage, [&](int i) { return rows.row(operands.a_sorted_rows, block, i); });
+          if (block == kAhead - 1 && decltype(part)::value == 0) {
             rows.put(ring, kAhead, fetched);
             fetched = rows.fetch(kAhead + 1);
           }
         } else {
-          grad.load(grad_stage, [&](int i) { return ring.grad[block & 1][i]; });
-          a.load(a_stage, [&](int i) { return ring.a[block & 1][i]; });
+          grad.load(part, grad_stage, [&](int i) { return ring.grad[block & 1][i]; });
+          a.load(part, a_stage, [&](int i) { return ring.a[block & 1][i]; });
         }
       },
       [&](int block) {
-        // While block was multiplied, block + kAhead was read out of the ring; the next one goes into the other half.
+        // The copies of block + kAhead read its half of the ring; the next block's numbers go into the other half.
         rows.put(ring, block + kAhead + 1, fetched);
         fetched = rows.fetch(block + kAhead + 2);
       });
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   for (int64_t index = blockIdx.x; index < static_cast<int64_t>(operands.num_experts) * tiles_per_expert; index += gridDim.x) {
     const int expert = static_cast<int>(index / tiles_per_expert);
     const int local = static_cast<int>(index % tiles_per_expert);
-    const int n_tile = local % n_tiles, k_tile = local / n_tiles;
+    const int k_tile = local % k_tiles, n_tile = local / k_tiles;
     product.clear();
     k_grouped_main_loop<Config, Element>(product, ring, operands, expert, n_tile, k_tile);
     product.finish(epilogue, [&](int row, int column) {

@@ -41,15 +41,15 @@ struct MGroupedMainLoop {
     if constexpr (kWeightsKMajor) {
       const KMajorLoader<Element, Config::kCols, Config::kThreads> columns(
           expert, operands.k, [&](int i) { return weight_row(operands.n, tile.column_tile, i); });
-      product.run(num_blocks, [&](uint32_t a_stage, uint32_t b_stage, int block) {
-        rows.load(a_stage, block * kDepth);
-        columns.load(b_stage, block * kDepth);
+      product.run(num_blocks, [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
+        rows.load(part, a_stage, block * kDepth);
+        columns.load(part, b_stage, block * kDepth);
       }, nothing);
     } else {
       const MnMajorLoader<Element, Config::kCols, Config::kThreads> columns(expert, operands.n, tile.column_tile * Config::kCols);
-      product.run(num_blocks, [&](uint32_t a_stage, uint32_t b_stage, int block) {
-        rows.load(a_stage, block * kDepth);
-        columns.load(b_stage, [&](int i) { return block * kDepth + i < operands.k ? block * kDepth + i : -1; });
+      product.run(num_blocks, [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
+        rows.load(part, a_stage, block * kDepth);
+        columns.load(part, b_stage, [&](int i) { return block * kDepth + i < operands.k ? block * kDepth + i : -1; });
       }, nothing);
     }
   }

@@ -10,6 +10,12 @@
 namespace moe::sm80 {
 
 constexpr int kDepth = 64;
+constexpr int kSteps = kDepth / 16;  // 16-deep products of a stage; a stage's copies are issued in as many parts
+
+template <int kValue>
+struct Step {
+  static constexpr int value = kValue;
+};
 
 // Copies [kExtent rows][64 deep]; each thread copies the same chunk of kPasses rows, which it names once a tile.
 template <typename Element, int kExtent, int kThreads>
@@ -28,11 +34,12 @@ class KMajorLoader {
     for (int i = 0; i < kPasses; ++i) rows_[i] = row_of(row + i * kRowStep);
   }
 
-  // Starts the copy of columns depth .. depth + 63 into the stage at shared memory address `stage`.
-  __device__ void load(uint32_t stage, int depth) const {
+  // Starts one part of the copy of columns depth .. depth + 63 into the stage at shared memory address `stage`.
+  template <int kPart>
+  __device__ void load(Step<kPart>, uint32_t stage, int depth) const {
     const bool inside = depth + chunk_column_ < length_;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
+    for (int i = kPart * kPasses / kSteps; i < (kPart + 1) * kPasses / kSteps; ++i) {
       const bool valid = inside && rows_[i] >= 0;
       const Element* from = valid ? source_ + static_cast<int64_t>(rows_[i]) * length_ + depth : source_;
       cp_async_16(stage + shared_offset_ + i * kRowStep * 128, from, valid);
@@ -64,11 +71,11 @@ class MnMajorLoader {
     shared_offset_ = row_ * kExtent * 2 + ((chunk & ~7) | ((chunk ^ row_) & 7)) * 16;
   }
 
-  // row_of(i): the source row that is row i of the stage, or -1: zeros.
-  template <typename RowOf>
-  __device__ void load(uint32_t stage, RowOf row_of) const {
+  // Starts one part of the copy. row_of(i): the source row that is row i of the stage, or -1: zeros.
+  template <int kPart, typename RowOf>
+  __device__ void load(Step<kPart>, uint32_t stage, RowOf row_of) const {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
+    for (int i = kPart * kPasses / kSteps; i < (kPart + 1) * kPasses / kSteps; ++i) {
       const int row = row_of(row_ + i * kRowStep);
       const bool valid = column_valid_ && row >= 0;
       const Element* from = valid ? source_ + static_cast<int64_t>(row) * pitch_ : source_;

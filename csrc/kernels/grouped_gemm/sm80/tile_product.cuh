@@ -32,25 +32,40 @@ class TileProduct {
         for (int i = 0; i < 4; ++i) outputs_[m][n][i] = 0.0f;
   }
 
-  // load(a_stage, b_stage, block): starts the copies of that 64-deep block. after(block) runs once its block has been multiplied.
-  template <typename Load, typename After>
-  __device__ void run(int num_blocks, Load load, After after) {
+  // load(part, a_stage, b_stage, block): starts one of kSteps parts of the copies of that 64-deep block. before_barrier(block)
+  // runs in every block after the last part was started and before the barrier behind which the next block's copies start.
+  //
+  // Copies and fragment reads are spread between the products: a burst of either leaves the tensor cores idle, since only two
+  // warps share one. The last step of a block waits for the next block and reads its first fragments before it multiplies.
+  template <typename Load, typename BeforeBarrier>
+  __device__ void run(int num_blocks, Load load, BeforeBarrier before_barrier) {
 #pragma unroll
     for (int block = 0; block < Config::kStages - 1; ++block) {
-      if (block < num_blocks) load(a_stage(block), b_stage(block), block);
+      if (block < num_blocks) each_part([&](auto part) { load(part, a_stage(block), b_stage(block), block); });
       cp_async_commit();
     }
+    cp_async_wait<Config::kStages - 2>();
+    __syncthreads();
+    if (num_blocks > 0) load_fragments(0, a_stage(0), b_stage(0), 0);
     int read = 0, write = Config::kStages - 1;
     for (int block = 0; block < num_blocks; ++block) {
-      cp_async_wait<Config::kStages - 2>();
-      __syncthreads();  // block has landed for all threads, and nobody still reads the stage that is filled next
       const int ahead = block + Config::kStages - 1;
-      if (ahead < num_blocks) load(a_stage(write), b_stage(write), ahead);
-      cp_async_commit();  // an empty group at the end keeps the count of groups right
-      multiply(a_stage(read), b_stage(read));
-      after(block);
-      read = read + 1 == Config::kStages ? 0 : read + 1;
-      write = write + 1 == Config::kStages ? 0 : write + 1;
+      const int next = read + 1 == Config::kStages ? 0 : read + 1;
+      each_part([&](auto part) {
+        constexpr int kStep = decltype(part)::value;
+        if (kStep + 1 < kSteps) load_fragments((kStep + 1) & 1, a_stage(read), b_stage(read), kStep + 1);
+        if (ahead < num_blocks) load(part, a_stage(write), b_stage(write), ahead);
+        if (kStep + 1 == kSteps) {
+          cp_async_commit();  // an empty group at the end keeps the count of groups right
+          before_barrier(block);
+          cp_async_wait<Config::kStages - 2>();
+          __syncthreads();  // block + 1 has landed for all threads, and nobody still reads the stage that is filled next
+          if (block + 1 < num_blocks) load_fragments(0, a_stage(next), b_stage(next), 0);
+        }
+        multiply(kStep & 1);
+      });
+      write = read;
+      read = next;
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -65,7 +80,7 @@ class TileProduct {
     constexpr int kOutputCols = Config::kWarpCols / (kGated ? 2 : 1);
     constexpr int kGroups = kOutputCols / 8;
     static_assert(Config::kWarpRows * kGroups % 32 == 0, "the epilogue is called by whole warps");
-#pragma unroll 2
+#pragma unroll 4
     for (int item = threadIdx.x % 32; item < Config::kWarpRows * kGroups; item += 32) {
       const int row = item / kGroups, column = item % kGroups * 8;
       float first[8], second[8];
@@ -92,32 +107,32 @@ class TileProduct {
     return warp_n_ * Config::kWarpCols + n * 16;
   }
 
-  __device__ void load_fragments(uint32_t (&a)[kStepsM][4], uint32_t (&b)[kStepsN][4], uint32_t a_stage, uint32_t b_stage,
-                                 int step) const {
-#pragma unroll
-    for (int m = 0; m < kStepsM; ++m) {
-      load_a_fragment<kAKMajor, Config::kRows>(a[m], a_stage, warp_m_ * Config::kWarpRows + m * 16, step);
-    }
-#pragma unroll
-    for (int n = 0; n < kStepsN; ++n) load_b_fragment<kBKMajor, Config::kCols>(b[n], b_stage, b_column(n), step);
+  template <typename Body>
+  __device__ static void each_part(Body&& body) {
+    static_assert(kSteps == 4, "one call a step");
+    body(Step<0>{});
+    body(Step<1>{});
+    body(Step<2>{});
+    body(Step<3>{});
   }
 
-  // The fragments of the next 16-deep step are read while those of this one are multiplied.
-  __device__ void multiply(uint32_t a_stage, uint32_t b_stage) {
-    uint32_t a[2][kStepsM][4], b[2][kStepsN][4];
-    load_fragments(a[0], b[0], a_stage, b_stage, 0);
+  __device__ void load_fragments(int buffer, uint32_t a_stage, uint32_t b_stage, int step) {
 #pragma unroll
-    for (int step = 0; step < kDepth / 16; ++step) {
-      const int now = step & 1;
-      if (step + 1 < kDepth / 16) load_fragments(a[now ^ 1], b[now ^ 1], a_stage, b_stage, step + 1);
-#pragma unroll
-      for (int m = 0; m < kStepsM; ++m)
-#pragma unroll
-        for (int n = 0; n < kStepsN; ++n) {
-          mma_m16n8k16<Element>(outputs_[m][2 * n], a[now][m], b[now][n][0], b[now][n][1]);
-          mma_m16n8k16<Element>(outputs_[m][2 * n + 1], a[now][m], b[now][n][2], b[now][n][3]);
-        }
+    for (int m = 0; m < kStepsM; ++m) {
+      load_a_fragment<kAKMajor, Config::kRows>(a_[buffer][m], a_stage, warp_m_ * Config::kWarpRows + m * 16, step);
     }
+#pragma unroll
+    for (int n = 0; n < kStepsN; ++n) load_b_fragment<kBKMajor, Config::kCols>(b_[buffer][n], b_stage, b_column(n), step);
+  }
+
+  __device__ void multiply(int buffer) {
+#pragma unroll
+    for (int m = 0; m < kStepsM; ++m)
+#pragma unroll
+      for (int n = 0; n < kStepsN; ++n) {
+        mma_m16n8k16<Element>(outputs_[m][2 * n], a_[buffer][m], b_[buffer][n][0], b_[buffer][n][1]);
+        mma_m16n8k16<Element>(outputs_[m][2 * n + 1], a_[buffer][m], b_[buffer][n][2], b_[buffer][n][3]);
+      }
   }
 
   // Accumulator layout of m16n8: elements 0, 1 are row lane / 4, columns 2 (lane % 4) and the next; 2, 3 the row 8 below.
@@ -145,6 +160,7 @@ class TileProduct {
   uint32_t stages_;
   int warp_m_, warp_n_;
   float outputs_[kStepsM][2 * kStepsN][4];
+  uint32_t a_[2][kStepsM][4], b_[2][kStepsN][4];  // fragments of this step and of the next
 };
 
 }  // namespace moe::sm80
