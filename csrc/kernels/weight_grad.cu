@@ -19,7 +19,7 @@ void launch_weight_grad(const WeightGradParams& params, cudaStream_t stream) {
                                                    params.k};
     const StoreEpilogue<Element> epilogue{nullptr, static_cast<Element*>(params.output), params.k};
     if (weight_grad_tile(device_limits()) == TileChoice::k128x256) {
-      sm80::launch_k_grouped<Tile128x256>(operands, epilogue, stream, "weight_grad");
+      sm80::launch_k_grouped<WeightGradTile>(operands, epilogue, stream, "weight_grad");
     } else {
       sm80::launch_k_grouped<Tile128x128>(operands, epilogue, stream, "weight_grad");
     }

@@ -77,9 +77,8 @@ class MnMajorLoader {
 #pragma unroll
     for (int i = kPart * kPasses / kSteps; i < (kPart + 1) * kPasses / kSteps; ++i) {
       const int row = row_of(row_ + i * kRowStep);
-      const bool valid = column_valid_ && row >= 0;
-      const Element* from = valid ? source_ + static_cast<int64_t>(row) * pitch_ : source_;
-      cp_async_16(stage + shared_offset_ + i * kRowStep * kExtent * 2, from, valid);
+      const Element* from = source_ + static_cast<int64_t>(max(row, 0)) * pitch_;  // an address to be had, read or not
+      cp_async_16(stage + shared_offset_ + i * kRowStep * kExtent * 2, from, column_valid_ && row >= 0);
     }
   }
 

@@ -16,6 +16,9 @@ class TileProduct {
   static constexpr int kStepsM = Config::kWarpRows / 16;
   static constexpr int kStepsN = Config::kWarpCols / 16;
   static constexpr int kABytes = Config::kRows * kDepth * 2;
+  // Where only two warps share a tensor core, the fragments of the next step are read while this one is multiplied; with four,
+  // the other warps hide the reads, and 128 registers a thread leave no room for a second set.
+  static constexpr int kBuffers = Config::kThreads >= 512 ? 1 : 2;
 
   __device__ explicit TileProduct(uint8_t* shared) : shared_(shared), stages_(shared_address(shared)) {
     const int warp = threadIdx.x / 32;
@@ -35,8 +38,8 @@ class TileProduct {
   // load(part, a_stage, b_stage, block): starts one of kSteps parts of the copies of that 64-deep block. before_barrier(block)
   // runs in every block after the last part was started and before the barrier behind which the next block's copies start.
   //
-  // Copies and fragment reads are spread between the products: a burst of either leaves the tensor cores idle, since only two
-  // warps share one. The last step of a block waits for the next block and reads its first fragments before it multiplies.
+  // Copies and fragment reads are spread between the products: a burst of either leaves the tensor cores idle. With two
+  // fragment buffers the last step of a block waits for the next block and reads its first fragments before it multiplies.
   template <typename Load, typename BeforeBarrier>
   __device__ void run(int num_blocks, Load load, BeforeBarrier before_barrier) {
 #pragma unroll
@@ -46,23 +49,24 @@ class TileProduct {
     }
     cp_async_wait<Config::kStages - 2>();
     __syncthreads();
-    if (num_blocks > 0) load_fragments(0, a_stage(0), b_stage(0), 0);
+    if (kBuffers == 2 && num_blocks > 0) load_fragments(0, a_stage(0), b_stage(0), 0);
     int read = 0, write = Config::kStages - 1;
     for (int block = 0; block < num_blocks; ++block) {
       const int ahead = block + Config::kStages - 1;
       const int next = read + 1 == Config::kStages ? 0 : read + 1;
       each_part([&](auto part) {
         constexpr int kStep = decltype(part)::value;
-        if (kStep + 1 < kSteps) load_fragments((kStep + 1) & 1, a_stage(read), b_stage(read), kStep + 1);
+        if (kBuffers == 1) load_fragments(0, a_stage(read), b_stage(read), kStep);
+        if (kBuffers == 2 && kStep + 1 < kSteps) load_fragments((kStep + 1) & 1, a_stage(read), b_stage(read), kStep + 1);
         if (ahead < num_blocks) load(part, a_stage(write), b_stage(write), ahead);
         if (kStep + 1 == kSteps) {
           cp_async_commit();  // an empty group at the end keeps the count of groups right
           before_barrier(block);
           cp_async_wait<Config::kStages - 2>();
           __syncthreads();  // block + 1 has landed for all threads, and nobody still reads the stage that is filled next
-          if (block + 1 < num_blocks) load_fragments(0, a_stage(next), b_stage(next), 0);
+          if (kBuffers == 2 && block + 1 < num_blocks) load_fragments(0, a_stage(next), b_stage(next), 0);
         }
-        multiply(kStep & 1);
+        multiply(kStep & (kBuffers - 1));
       });
       write = read;
       read = next;
@@ -80,7 +84,7 @@ class TileProduct {
     constexpr int kOutputCols = Config::kWarpCols / (kGated ? 2 : 1);
     constexpr int kGroups = kOutputCols / 8;
     static_assert(Config::kWarpRows * kGroups % 32 == 0, "the epilogue is called by whole warps");
-#pragma unroll 4
+#pragma unroll 2
     for (int item = threadIdx.x % 32; item < Config::kWarpRows * kGroups; item += 32) {
       const int row = item / kGroups, column = item % kGroups * 8;
       float first[8], second[8];
@@ -160,7 +164,7 @@ class TileProduct {
   uint32_t stages_;
   int warp_m_, warp_n_;
   float outputs_[kStepsM][2 * kStepsN][4];
-  uint32_t a_[2][kStepsM][4], b_[2][kStepsN][4];  // fragments of this step and of the next
+  uint32_t a_[kBuffers][kStepsM][4], b_[kBuffers][kStepsN][4];
 };
 
 }  // namespace moe::sm80
