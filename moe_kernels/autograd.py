@@ -35,24 +35,44 @@ def _gate(ops):
 
 
 def _fused_experts(ops):
+    return _formula_of_experts(ops, lambda ctx: ops.fused_experts_backward)
+
+
+def _fused_experts_accumulate(ops):
+    def backward_of(ctx):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("fused_experts: a second derivative wants grad_buffers=None, because what is "
+                                      "added to a buffer is in no graph")
+        return lambda *args: ops.fused_experts_backward_accumulate(*ctx.buffers, *args)
+
+    return _formula_of_experts(ops, backward_of)
+
+
+def _formula_of_experts(ops, backward_of):
+    """The formula of fused_experts, with or without buffers; backward_of(ctx) gives the operator that it calls."""
+
     def setup_context(ctx, inputs, output):
         hidden_states, gate_up_proj, down_proj, topk_weights, _, gate_up_bias, down_bias = inputs[:7]
         ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias,
                               *output[1:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.activation, ctx.swiglu_limit, ctx.kept = inputs[7:]
+        # buffers are not saved for backward: other backward calls may add to them before this one
+        ctx.activation, ctx.swiglu_limit, ctx.kept, *ctx.buffers = inputs[7:]
 
     def backward(ctx, grad_output, *_):
+        unused = (None,) * (3 + len(ctx.buffers))  # activation, swiglu_limit, keep_pre_activation, buffers
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 7 + unused
         if not ctx.kept:
             raise RuntimeError("fused_experts: a gradient wants keep_pre_activation=True in the forward call")
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5, 6)]
-        grads = ops.fused_experts_backward(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation,
-                                           ctx.swiglu_limit, needs)
+        grads = backward_of(ctx)(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.swiglu_limit, needs)
         grads = [grad if need else None for grad, need in zip(grads, needs)]
-        return *grads[:4], None, *grads[4:], None, None, None
+        for i, buffer in enumerate(ctx.buffers, start=1):
+            if buffer is not None:
+                grads[i] = None
+        return *grads[:4], None, *grads[4:], *unused
 
     return backward, setup_context
 
@@ -116,15 +136,31 @@ def _no_gradient(name):
     return backward, None
 
 
-FORMULAS = {"gate": _gate, "fused_experts": _fused_experts, "grouped_mm": _grouped_mm, "combine": _combine,
-            "permute": _permute}
+FORMULAS = {"gate": _gate, "fused_experts": _fused_experts, "fused_experts_accumulate": _fused_experts_accumulate,
+            "grouped_mm": _grouped_mm, "combine": _combine, "permute": _permute}
+
+
+def _refuse_gradient(operator):
+    """The autograd kernel of an operator that writes to an argument, for which torch takes no formula."""
+
+    def call(*args):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            raise NotImplementedError(f"{operator} has no gradient: call it under torch.no_grad()")
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return call
 
 
 def register():
     """Registers the formula of every operator in both namespaces; each calls the operators of its own namespace."""
     for namespace, library in schemas.LIBRARIES.items():
+        ops = getattr(torch.ops, namespace)
         for name in schemas.SCHEMAS:
-            ops = getattr(torch.ops, namespace)
+            operator = getattr(ops, name).default
+            if operator._schema.is_mutable:
+                library.impl(name, _refuse_gradient(operator), "Autograd")
+                continue
             backward, setup_context = FORMULAS[name](ops) if name in FORMULAS else _no_gradient(name)
             torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup_context, lib=library)
 

@@ -122,3 +122,21 @@ def check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bia
         check_tensor("gate_up_bias", gate_up_bias, (("E", num_experts), (width, columns)), dtype, device)
     if down_bias is not None:
         check_tensor("down_bias", down_bias, (("E", num_experts), ("H", hidden_size)), dtype, device)
+
+
+def check_grad_buffers(grad_buffers, gate_up_proj, down_proj):
+    """A pair of buffers for the weight gradients, each None or fp32 (fp64 with fp64 weights) in its weight's shape."""
+    if not isinstance(grad_buffers, (tuple, list)) or len(grad_buffers) != 2:
+        got = f"{len(grad_buffers)} of them" if isinstance(grad_buffers, (tuple, list)) else type(grad_buffers).__name__
+        raise TypeError(f"grad_buffers wants a pair (gate_up_grad, down_grad), got {got}")
+    letters = (("E", "2I", "H"), ("E", "H", "I"))
+    for i, (buffer, weight) in enumerate(zip(grad_buffers, (gate_up_proj, down_proj))):
+        if buffer is None:
+            continue
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        name, shape = f"grad_buffers[{i}]", tuple(zip(letters[i], weight.shape))
+        check_tensor(name, buffer, shape, (dtype,), weight.device)
+        if not buffer.is_contiguous():
+            raise ValueError(f"{name} wants contiguous memory, got strides {list(buffer.stride())}")
+        if buffer.requires_grad:
+            raise ValueError(f"{name} wants a tensor without requires_grad, got one with it")

@@ -163,15 +163,31 @@ def grouped_mm(a, b, bias, expert_offsets, transpose_b):
     return _grouped_product(a, b, bias, _ranges(expert_offsets), transpose_b).to(a.dtype)
 
 
-def weight_grad(grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k):
-    """out[e] = sum over the rows r of e of outer(grad row, a row), [E, n, k]; exactly 0 for an expert without rows."""
+def _weight_products(grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k):
+    """(expert, sum over its rows of outer(grad row, a row) in the accumulation dtype) of every expert with rows."""
     dtype = accumulation_dtype(grad.dtype)
-    out = grad.new_zeros(expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1])
     for expert, first, last in _ranges(expert_offsets):
         g = grad[first:last] if grad_sorted_rows is None else _gather(grad, grad_sorted_rows[first:last], top_k)
         x = a[first:last] if a_sorted_rows is None else _gather(a, a_sorted_rows[first:last], top_k)
-        out[expert] = torch.mm(g.to(dtype).t(), x.to(dtype))
+        yield expert, torch.mm(g.to(dtype).t(), x.to(dtype))
+
+
+def weight_grad(grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k):
+    """out[e] = sum over the rows r of e of outer(grad row, a row), [E, n, k]; exactly 0 for an expert without rows."""
+    out = grad.new_zeros(expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1])
+    for expert, product in _weight_products(grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k):
+        out[expert] = product
     return out
+
+
+def weight_grad_accumulate(buffer, grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k):
+    """buffer[e] += what `weight_grad` computes, not rounded before it is added; buffer: [E, n, k], accumulation dtype.
+
+    One addition an element and call, so that two calls on a zero buffer give the sum of the two gradients, bit for bit.
+    An expert without rows keeps its buffer.
+    """
+    for expert, product in _weight_products(grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k):
+        buffer[expert] += product
 
 
 def bias_grad(grad, topk_weights, expert_offsets, sorted_rows, top_k):
@@ -273,11 +289,26 @@ def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids
     return output, pre, offsets, sorted_rows, row_of_slot
 
 
-def fused_experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias,
-                           pre_activation, expert_offsets, sorted_rows, row_of_slot, activation, swiglu_limit, needs):
+def fused_experts_accumulate(*args):
+    """`fused_experts`, whose last two arguments are the buffers that its backward adds the weight gradients to."""
+    return fused_experts(*args[:-2])
+
+
+def fused_experts_backward(*args):
     """Gradients of `fused_experts` in the order of its arguments; one that is not needed is an empty tensor [0].
 
-    needs: six booleans: hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias.
+    The last argument, needs, is six booleans: hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias,
+    down_bias.
+    """
+    return fused_experts_backward_accumulate(None, None, *args)
+
+
+def fused_experts_backward_accumulate(gate_up_grad, down_grad, grad_output, hidden_states, gate_up_proj, down_proj,
+                                      topk_weights, gate_up_bias, down_bias, pre_activation, expert_offsets,
+                                      sorted_rows, row_of_slot, activation, swiglu_limit, needs):
+    """`fused_experts_backward` that adds a weight's gradient to its buffer, where that is given, and returns [0] for it.
+
+    gate_up_grad: [E, W, H], down_grad: [E, H, I] in the accumulation dtype, or None.
     """
     top_k = row_of_slot.shape[1]
     grad_pre, weighted_rows, grad_topk_weights = down_proj_backward(
@@ -287,10 +318,16 @@ def fused_experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, 
     def grad_hidden_states():
         return combine(grouped_mm(grad_pre, gate_up_proj, None, expert_offsets, False), None, row_of_slot)
 
+    def grad_weight(buffer, *factors):
+        if buffer is None:
+            return weight_grad(*factors)
+        weight_grad_accumulate(buffer, *factors)
+        return hidden_states.new_empty(0)
+
     results = (
         grad_hidden_states,
-        lambda: weight_grad(grad_pre, hidden_states, expert_offsets, None, sorted_rows, top_k),
-        lambda: weight_grad(grad_output, weighted_rows, expert_offsets, sorted_rows, None, top_k),
+        lambda: grad_weight(gate_up_grad, grad_pre, hidden_states, expert_offsets, None, sorted_rows, top_k),
+        lambda: grad_weight(down_grad, grad_output, weighted_rows, expert_offsets, sorted_rows, None, top_k),
         lambda: grad_topk_weights,
         lambda: bias_grad(grad_pre, None, expert_offsets, None, top_k),
         lambda: bias_grad(grad_output, topk_weights, expert_offsets, sorted_rows, top_k),

@@ -122,6 +122,8 @@ class Experts(nn.Module):
 
     gate_up_proj: [E, 2I, H], the gate half first ([E, I, H] for an ungated activation). down_proj: [E, H, I].
     gate_up_proj_bias: [E, 2I] and down_proj_bias: [E, H] with bias=True, else None.
+    grad_buffers: None; set to (gate_up_grad, down_grad), two fp32 tensors in the weights' shapes, the backward adds the
+        weights' gradients to them and leaves `.grad` alone; see `fused_experts`. Neither moved nor saved with the module.
     """
 
     def __init__(self, num_experts, hidden_size, intermediate_size, activation="swiglu", swiglu_limit=None, bias=False,
@@ -129,7 +131,7 @@ class Experts(nn.Module):
         super().__init__()
         checks.check_activation(activation, swiglu_limit)
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.activation, self.swiglu_limit = activation, swiglu_limit
+        self.activation, self.swiglu_limit, self.grad_buffers = activation, swiglu_limit, None
         width = pre_activation_width(intermediate_size, activation)
 
         def parameter(*shape):
@@ -153,7 +155,7 @@ class Experts(nn.Module):
         """[T, H], [T, K] fp32, [T, K] -> [T, H]; with return_plan also the `Plan`, which holds the loads."""
         output, plan = ops.fused_experts_and_plan(
             hidden_states, self.gate_up_proj, self.down_proj, topk_weights, topk_ids, self.activation,
-            self.swiglu_limit, self.gate_up_proj_bias, self.down_proj_bias)
+            self.swiglu_limit, self.gate_up_proj_bias, self.down_proj_bias, self.grad_buffers)
         return (output, plan) if return_plan else output
 
     def extra_repr(self):

@@ -173,13 +173,15 @@ def make_plan(topk_ids, num_experts):
 
 
 def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation="swiglu",
-                           swiglu_limit=None, gate_up_bias=None, down_bias=None):
+                           swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None):
     """`fused_experts` that also returns the `Plan`, whose expert_offsets tell each expert's load."""
     checks.check_activation(activation, swiglu_limit)
     hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
         hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)
     checks.check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
     checks.check_topk(topk_weights, topk_ids, hidden_states.shape[0], hidden_states.dtype, hidden_states.device)
+    if grad_buffers is not None:
+        checks.check_grad_buffers(grad_buffers, gate_up_proj, down_proj)
     if uses_kernels(hidden_states):
         checks.check_integer("the first size of gate_up_proj", gate_up_proj.shape[0], 1, MAX_PLAN_EXPERTS)
         checks.check_multiple_of_8("H, the last size of hidden_states,", hidden_states.shape[1])
@@ -189,13 +191,17 @@ def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights,
     swiglu_limit = None if swiglu_limit is None else float(swiglu_limit)
     # the pre-activation is stored for a backward alone
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, *biases))
-    output, _, *plan = _namespace(hidden_states).fused_experts(
-        *tensors, _int32_ids(topk_ids), *biases, activation, swiglu_limit, keep)
+    arguments = (*tensors, _int32_ids(topk_ids), *biases, activation, swiglu_limit, keep)
+    ops = _namespace(hidden_states)
+    if keep and grad_buffers is not None:
+        output, _, *plan = ops.fused_experts_accumulate(*arguments, *grad_buffers)
+    else:
+        output, _, *plan = ops.fused_experts(*arguments)
     return output, Plan(*plan)
 
 
 def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation="swiglu",
-                  swiglu_limit=None, gate_up_bias=None, down_bias=None):
+                  swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None):
     """The experts of a mixture-of-experts layer: each token's K experts, and their weighted sum.
 
     out[t] = sum_k topk_weights[t, k] * (act(hidden_states[t] @ gate_up_proj[e].T + gate_up_bias[e]) @ down_proj[e].T
@@ -211,12 +217,16 @@ def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids
         activation: gated "swiglu", "geglu", "geglu_tanh", "reglu"; ungated "silu", "gelu", "relu", "relu2".
         swiglu_limit: L clamps the gate above at L and up to [-L, L], with swiglu alone; None does not clamp.
         gate_up_bias: [E, 2I] or None. down_bias: [E, H] or None.
+        grad_buffers: None, or (gate_up_grad [E, 2I, H], down_grad [E, H, I]), contiguous and fp32 (fp64 with fp64
+            weights), either of them None: the backward adds that weight's gradient to its buffer, in fp32 and not
+            rounded before, and gives the weight itself none. For gradients accumulated over several backward calls
+            without another pass over them. No second derivative.
     Returns: [T, H] in the dtype of hidden_states (autocast's under autocast); deterministic.
     Raises: ValueError, TypeError on an argument that is not as above.
     Source: DeepSeek-V3 report, section 2.1.2; what is stored for the backward: SonicMoE, arXiv 2512.14080.
     """
     return fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation,
-                                  swiglu_limit, gate_up_bias, down_bias)[0]
+                                  swiglu_limit, gate_up_bias, down_bias, grad_buffers)[0]
 
 
 def _check_plan(plan, device):

@@ -18,6 +18,18 @@ from .activation import pre_activation_width
 KERNELS = "moe_kernels"
 COMPOSITE = "moe_kernels_composite"
 
+_FUSED_EXPERTS = ("Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, Tensor topk_ids,"
+                  " Tensor? gate_up_bias, Tensor? down_bias, str activation, float? swiglu_limit,"
+                  " bool keep_pre_activation")
+_FUSED_EXPERTS_RESULTS = ("Tensor output, Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows,"
+                          " Tensor row_of_slot")
+_FUSED_EXPERTS_BACKWARD = ("Tensor grad_output, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj,"
+                           " Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, Tensor pre_activation,"
+                           " Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot, str activation,"
+                           " float? swiglu_limit, bool[6] needs")
+_GRADIENTS = ("Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_topk_weights,"
+              " Tensor grad_gate_up_bias, Tensor grad_down_bias")
+
 SCHEMAS = {
     "gate": "(Tensor router_logits, Tensor? correction_bias, Tensor? given_ids, int top_k, str score_fn,"
             " int num_expert_groups, int topk_groups, bool renormalize, float routed_scaling_factor)"
@@ -31,6 +43,8 @@ SCHEMAS = {
     "grouped_mm": "(Tensor a, Tensor b, Tensor? bias, Tensor expert_offsets, bool transpose_b) -> Tensor",
     "weight_grad": "(Tensor grad, Tensor a, Tensor expert_offsets, Tensor? grad_sorted_rows, Tensor? a_sorted_rows,"
                    " int top_k) -> Tensor",
+    "weight_grad_accumulate": "(Tensor(a!) buffer, Tensor grad, Tensor a, Tensor expert_offsets,"
+                              " Tensor? grad_sorted_rows, Tensor? a_sorted_rows, int top_k) -> ()",
     "bias_grad": "(Tensor grad, Tensor? topk_weights, Tensor expert_offsets, Tensor? sorted_rows, int top_k)"
                  " -> Tensor",
     "combine": "(Tensor rows, Tensor? topk_weights, Tensor row_of_slot) -> Tensor",
@@ -41,17 +55,12 @@ SCHEMAS = {
                           " Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot,"
                           " str activation, float? swiglu_limit)"
                           " -> (Tensor grad_pre_activation, Tensor weighted_rows, Tensor grad_topk_weights)",
-    "fused_experts": "(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights,"
-                     " Tensor topk_ids, Tensor? gate_up_bias, Tensor? down_bias, str activation,"
-                     " float? swiglu_limit, bool keep_pre_activation)"
-                     " -> (Tensor output, Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows,"
-                     " Tensor row_of_slot)",
-    "fused_experts_backward": "(Tensor grad_output, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj,"
-                              " Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, Tensor pre_activation,"
-                              " Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot, str activation,"
-                              " float? swiglu_limit, bool[6] needs)"
-                              " -> (Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj,"
-                              " Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)",
+    "fused_experts": f"({_FUSED_EXPERTS}) -> ({_FUSED_EXPERTS_RESULTS})",
+    "fused_experts_accumulate": f"({_FUSED_EXPERTS}, Tensor? gate_up_grad, Tensor? down_grad)"
+                                f" -> ({_FUSED_EXPERTS_RESULTS})",
+    "fused_experts_backward": f"({_FUSED_EXPERTS_BACKWARD}) -> ({_GRADIENTS})",
+    "fused_experts_backward_accumulate": "(Tensor(a!)? gate_up_grad, Tensor(b!)? down_grad,"
+                                         f" {_FUSED_EXPERTS_BACKWARD}) -> ({_GRADIENTS})",
 }
 
 
@@ -112,6 +121,12 @@ def _fake_fused_experts_backward(grad_output, hidden_states, gate_up_proj, down_
     return tuple(x.new_empty(shape if need else (0,)) for x, shape, need in zip(like, shapes, needs))
 
 
+def _fake_fused_experts_backward_accumulate(gate_up_grad, down_grad, *args):
+    added = (False, gate_up_grad is not None, down_grad is not None, False, False, False)
+    needs = [need and not here for need, here in zip(args[-1], added)]
+    return _fake_fused_experts_backward(*args[:-1], needs)
+
+
 FAKES = {
     "gate": _fake_gate,
     "gate_backward": lambda grad_topk_weights, router_logits, *rest: torch.empty_like(router_logits),
@@ -119,6 +134,7 @@ FAKES = {
     "up_proj": _fake_up_proj,
     "grouped_mm": _fake_grouped_mm,
     "weight_grad": _fake_weight_grad,
+    "weight_grad_accumulate": lambda *args: None,
     "bias_grad": _fake_bias_grad,
     "combine": lambda rows, topk_weights, row_of_slot: rows.new_empty(row_of_slot.shape[0], rows.shape[1]),
     "combine_backward": lambda grad_output, rows, topk_weights, *rest: (torch.empty_like(rows),
@@ -127,7 +143,31 @@ FAKES = {
                                                                                  hidden_states.shape[1]),
     "down_proj_backward": _fake_down_proj_backward,
     "fused_experts": _fake_fused_experts,
+    "fused_experts_accumulate": lambda *args: _fake_fused_experts(*args[:-2]),
     "fused_experts_backward": _fake_fused_experts_backward,
+    "fused_experts_backward_accumulate": _fake_fused_experts_backward_accumulate,
+}
+
+
+def _weight_grad_accumulate(buffer, *factors):
+    buffer.add_(torch.ops.moe_kernels.weight_grad(*factors))
+
+
+def _fused_experts_backward_accumulate(gate_up_grad, down_grad, *args):
+    grads = list(torch.ops.moe_kernels.fused_experts_backward(*args))
+    for i, buffer in ((1, gate_up_grad), (2, down_grad)):
+        if buffer is not None and args[-1][i]:
+            buffer.add_(grads[i])
+            grads[i] = buffer.new_empty(0, dtype=grads[i].dtype)
+    return tuple(grads)
+
+
+# operators that the compiled module may do without: through other operators, for every device that has no kernel of its
+# own; what is added to a buffer is then rounded to the storage dtype before
+FALLBACKS = {
+    "weight_grad_accumulate": _weight_grad_accumulate,
+    "fused_experts_accumulate": lambda *args: torch.ops.moe_kernels.fused_experts(*args[:-2]),
+    "fused_experts_backward_accumulate": _fused_experts_backward_accumulate,
 }
 
 
@@ -157,6 +197,8 @@ def _define(namespace, dispatch_key):
 
 
 LIBRARIES = {KERNELS: _define(KERNELS, "CPU"), COMPOSITE: _define(COMPOSITE, "CompositeExplicitAutograd")}
+for _name, _fallback in FALLBACKS.items():
+    LIBRARIES[KERNELS].impl(_name, _without_autocast(_fallback), "CompositeExplicitAutograd")
 
 try:
     compiled_module = importlib.import_module("moe_kernels._C")  # registers CUDA kernels of the operators above

@@ -45,6 +45,8 @@ def operator_arguments(case, device, dtype):
         "grouped_mm": [(rows, x.down_proj, x.down_bias, offsets, True), (wide, x.down_proj, None, offsets, False)],
         "weight_grad": [(wide, rows, offsets, None, None, top_k),
                         (x.grad_output, rows, offsets, sorted_rows, None, top_k)],
+        "weight_grad_accumulate": [(torch.ones(case.num_experts, wide.shape[1], rows.shape[1], device=device),
+                                    wide, rows, offsets, None, None, top_k)],
         "bias_grad": [(wide, None, offsets, None, top_k),
                       (x.grad_output, x.topk_weights, offsets, sorted_rows, top_k)],
         "combine": [(wide, x.topk_weights, row_of_slot), (wide, None, row_of_slot)],
@@ -56,8 +58,12 @@ def operator_arguments(case, device, dtype):
         "fused_experts_backward": [(x.grad_output, *whole, x.gate_up_bias, x.down_bias, pre, *plan, *activation,
                                     needs)],
     }
+    buffers = [torch.ones(weight.shape, device=device) for weight in (x.gate_up_proj, x.down_proj)]
+    plain["fused_experts_accumulate"] = [(*plain["fused_experts"][0], *buffers)]
+    plain["fused_experts_backward_accumulate"] = [(*pair, *plain["fused_experts_backward"][0])
+                                                  for pair in (buffers, (None, buffers[1]))]
     differentiable = {"gate": (0,), "grouped_mm": (0, 1, 2), "combine": (0, 1), "permute": (0,),
-                      "fused_experts": (0, 1, 2, 3, 5, 6)}
+                      "fused_experts": (0, 1, 2, 3, 5, 6), "fused_experts_accumulate": (0, 3, 5, 6)}
     for name, positions in differentiable.items():
         arguments = [clone(argument) for argument in plain[name][0]]
         for i in positions:
@@ -82,7 +88,9 @@ def test_every_operator_has_a_schema_in_both_namespaces():
 
 
 @pytest.mark.parametrize("name", sorted(set(schemas.SCHEMAS) - {"gate", "plan", "grouped_mm", "combine", "permute",
-                                                                "fused_experts"}))
+                                                                "fused_experts", "fused_experts_accumulate",
+                                                                "fused_experts_backward_accumulate",
+                                                                "weight_grad_accumulate"}))
 def test_operators_without_a_gradient_say_so(name):
     arguments = [clone(a) for a in operator_arguments(OPCHECK_CASES[1], "cpu", torch.float32)[name][0]]
     for argument in arguments:
