@@ -125,6 +125,16 @@ def plan(topk_ids, num_experts):
     return expert_offsets, sorted_rows, row_of_slot.view(topk_ids.shape)
 
 
+def count_loads(tokens_per_expert, expert_offsets):
+    """tokens_per_expert [E] += the rows of each expert; nothing while a backward runs, which only repeats a forward.
+
+    Activation checkpointing repeats it, and each token is to be counted once. An operator, so that the question is asked
+    when a compiled graph runs, not when it is traced.
+    """
+    if torch._C._current_graph_task_id() == -1:  # the number of the backward that is running
+        tokens_per_expert += expert_offsets.diff()
+
+
 # ------------------------------------------------------------------------------------------------- grouped products
 
 

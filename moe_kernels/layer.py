@@ -198,8 +198,10 @@ class MoE(nn.Module):
 
     After a forward in training mode:
         tokens_per_expert: [E] int64 buffer, not in the state dict; it adds up every forward until
-            `balance.update_biases` or `balance.read_loads` reads it and sets it to 0.
-        sequence_balance_loss: a scalar to add to the loss where sequence_balance_alpha is above 0, else None.
+            `balance.update_biases` or `balance.read_loads` reads it and sets it to 0. What activation checkpointing
+            computes a second time is counted once.
+        sequence_balance_loss: a scalar to add to the loss where sequence_balance_alpha is above 0, else None; not
+            copied or pickled with the layer. Activation checkpointing must be the one of use_reentrant=False for it.
     """
 
     def __init__(self, hidden_size, intermediate_size, num_experts, top_k, num_shared_experts=0,
@@ -247,10 +249,18 @@ class MoE(nn.Module):
 
     def _observe(self, shape, router_logits, topk_ids, plan):
         """Counts the loads, and computes the sequence-wise loss where it is asked for."""
-        self.tokens_per_expert.add_(plan.expert_offsets.diff())
-        if self.sequence_balance_alpha > 0:
+        torch.ops.moe_kernels.count_loads(self.tokens_per_expert, plan.expert_offsets)
+        if self.sequence_balance_alpha > 0 and not torch.compiler.is_exporting():  # a program has no such attribute
             scores = composite.scores_of(router_logits, self.gate.score_fn)
             sequences = (*shape[:-1],) if len(shape) > 1 else (1,)
-            self.sequence_balance_loss = balance.sequence_balance_loss(
+            loss = balance.sequence_balance_loss(
                 scores.reshape(*sequences, self.num_experts), topk_ids.reshape(*sequences, self.top_k), self.top_k,
                 self.sequence_balance_alpha)
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+                self.sequence_balance_loss = loss
+            elif loss.requires_grad and not self.sequence_balance_loss.requires_grad:
+                raise RuntimeError("sequence_balance_loss got no gradient, because the forward ran under "
+                                   "checkpoint(use_reentrant=True): use_reentrant=False keeps it")
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "sequence_balance_loss": None}  # of a graph, which no copy has

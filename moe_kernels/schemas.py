@@ -37,6 +37,7 @@ SCHEMAS = {
     "gate_backward": "(Tensor grad_topk_weights, Tensor router_logits, Tensor topk_ids, str score_fn,"
                      " bool renormalize, float routed_scaling_factor) -> Tensor",
     "plan": "(Tensor topk_ids, int num_experts) -> (Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot)",
+    "count_loads": "(Tensor(a!) tokens_per_expert, Tensor expert_offsets) -> ()",
     "up_proj": "(Tensor hidden_states, Tensor gate_up_proj, Tensor? gate_up_bias, Tensor expert_offsets,"
                " Tensor sorted_rows, int top_k, str activation, float? swiglu_limit, bool keep_pre_activation)"
                " -> (Tensor rows, Tensor pre_activation)",
@@ -131,6 +132,7 @@ FAKES = {
     "gate": _fake_gate,
     "gate_backward": lambda grad_topk_weights, router_logits, *rest: torch.empty_like(router_logits),
     "plan": _fake_plan,
+    "count_loads": lambda tokens_per_expert, expert_offsets: None,
     "up_proj": _fake_up_proj,
     "grouped_mm": _fake_grouped_mm,
     "weight_grad": _fake_weight_grad,
@@ -162,9 +164,10 @@ def _fused_experts_backward_accumulate(gate_up_grad, down_grad, *args):
     return tuple(grads)
 
 
-# operators that the compiled module may do without: through other operators, for every device that has no kernel of its
+# operators that the compiled module may do without, or never has: through other operators, for every device that has no kernel of its
 # own; what is added to a buffer is then rounded to the storage dtype before
 FALLBACKS = {
+    "count_loads": composite.count_loads,
     "weight_grad_accumulate": _weight_grad_accumulate,
     "fused_experts_accumulate": lambda *args: torch.ops.moe_kernels.fused_experts(*args[:-2]),
     "fused_experts_backward_accumulate": _fused_experts_backward_accumulate,

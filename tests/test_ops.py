@@ -40,6 +40,7 @@ def operator_arguments(case, device, dtype):
                  (logits, None, x.topk_ids, top_k, "softmax", 1, 1, False, 1.0)],
         "gate_backward": [(x.topk_weights, logits, x.topk_ids, "sqrtsoftplus", True, 2.5)],
         "plan": [(x.topk_ids, case.num_experts)],
+        "count_loads": [(torch.ones(case.num_experts, dtype=torch.int64, device=device), offsets)],
         "up_proj": [(x.hidden_states, x.gate_up_proj, x.gate_up_bias, offsets, sorted_rows, top_k, *activation, True),
                     (x.hidden_states, x.gate_up_proj, None, offsets, sorted_rows, top_k, "relu2", None, False)],
         "grouped_mm": [(rows, x.down_proj, x.down_bias, offsets, True), (wide, x.down_proj, None, offsets, False)],
@@ -90,7 +91,7 @@ def test_every_operator_has_a_schema_in_both_namespaces():
 @pytest.mark.parametrize("name", sorted(set(schemas.SCHEMAS) - {"gate", "plan", "grouped_mm", "combine", "permute",
                                                                 "fused_experts", "fused_experts_accumulate",
                                                                 "fused_experts_backward_accumulate",
-                                                                "weight_grad_accumulate"}))
+                                                                "weight_grad_accumulate", "count_loads"}))
 def test_operators_without_a_gradient_say_so(name):
     arguments = [clone(a) for a in operator_arguments(OPCHECK_CASES[1], "cpu", torch.float32)[name][0]]
     for argument in arguments:
