@@ -66,7 +66,7 @@ def check_choice(name, value, choices):
 
 
 def check_num_rows(num_tokens, top_k):
-    """T*K fits in int32. Not while a graph is traced, which would serve no other sizes for it: the operators check too."""
+    """T*K fits in int32. Not asked while a graph is traced, which it would tie to sizes: the operators ask again."""
     if not torch.compiler.is_compiling() and num_tokens * top_k > MAX_ROWS:
         raise ValueError(f"topk_ids wants T*K below 2^31 rows, got {num_tokens} * {top_k}")
 

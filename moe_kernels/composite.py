@@ -128,8 +128,8 @@ def plan(topk_ids, num_experts):
 def count_loads(tokens_per_expert, expert_offsets):
     """tokens_per_expert [E] += the rows of each expert; nothing while a backward runs, which only repeats a forward.
 
-    Activation checkpointing repeats it, and each token is to be counted once. An operator, so that the question is asked
-    when a compiled graph runs, not when it is traced.
+    Activation checkpointing repeats it, and each token is to be counted once. An operator, so that the question is
+    asked when a compiled graph runs, not when it is traced.
     """
     if torch._C._current_graph_task_id() == -1:  # the number of the backward that is running
         tokens_per_expert += expert_offsets.diff()
@@ -316,7 +316,7 @@ def fused_experts_backward(*args):
 def fused_experts_backward_accumulate(gate_up_grad, down_grad, grad_output, hidden_states, gate_up_proj, down_proj,
                                       topk_weights, gate_up_bias, down_bias, pre_activation, expert_offsets,
                                       sorted_rows, row_of_slot, activation, swiglu_limit, needs):
-    """`fused_experts_backward` that adds a weight's gradient to its buffer, where that is given, and returns [0] for it.
+    """`fused_experts_backward` that adds a weight's gradient to its buffer, where there is one, and returns [0] for it.
 
     gate_up_grad: [E, W, H], down_grad: [E, H, I] in the accumulation dtype, or None.
     """

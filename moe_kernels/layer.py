@@ -123,7 +123,8 @@ class Experts(nn.Module):
     gate_up_proj: [E, 2I, H], the gate half first ([E, I, H] for an ungated activation). down_proj: [E, H, I].
     gate_up_proj_bias: [E, 2I] and down_proj_bias: [E, H] with bias=True, else None.
     grad_buffers: None; set to (gate_up_grad, down_grad), two fp32 tensors in the weights' shapes, the backward adds the
-        weights' gradients to them and leaves `.grad` alone; see `fused_experts`. Neither moved nor saved with the module.
+        weights' gradients to them and leaves `.grad` alone; see `fused_experts`. They neither move with the module nor
+        stand in its state dict.
     """
 
     def __init__(self, num_experts, hidden_size, intermediate_size, activation="swiglu", swiglu_limit=None, bias=False,

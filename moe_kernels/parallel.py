@@ -33,10 +33,10 @@ from torch.distributed.tensor.parallel import ParallelStyle  # noqa: E402
 class ExpertParallel(ParallelStyle):
     """Spreads the experts of a layer over a mesh of one dimension, equally many on each rank.
 
-    Afterwards every parameter of the `Experts` is a DTensor, sharded on dim 0 (experts), and a forward takes this rank's
-    own tokens, as many as there are, none too. Every rank of the mesh must call the layer equally often. A parameter's
-    gradient is the sum over the tokens of all ranks of the mesh. Router and shared experts stay as they are: their
-    gradients are those of this rank's tokens, for `fully_shard` or DDP to reduce.
+    Afterwards every parameter of the `Experts` is a DTensor, sharded on dim 0 (experts), and a forward takes this
+    rank's own tokens, as many as there are, none too. Every rank of the mesh must call the layer equally often. A
+    parameter's gradient is the sum over the tokens of all ranks of the mesh. Router and shared experts stay as they
+    are: their gradients are those of this rank's tokens, for `fully_shard` or DDP to reduce.
 
     Apply it before `fully_shard`, which then shards each rank's experts further over its own mesh.
 
@@ -74,7 +74,7 @@ class DistributedExperts(Experts):
     """
 
     def forward(self, hidden_states, topk_weights, topk_ids, return_plan=False):
-        """[T, H], [T, K] fp32, [T, K] -> [T, H]; the `Plan` of return_plan is that of this rank's tokens, over all E."""
+        """[T, H], [T, K] fp32, [T, K] -> [T, H]; the `Plan` of return_plan: this rank's tokens, over all E experts."""
         (hidden_states,) = ops._autocast(hidden_states)
         plan = ops.make_plan(topk_ids, self.num_experts)
         rows = ops.permute(hidden_states, plan)

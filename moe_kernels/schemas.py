@@ -164,8 +164,8 @@ def _fused_experts_backward_accumulate(gate_up_grad, down_grad, *args):
     return tuple(grads)
 
 
-# operators that the compiled module may do without, or never has: through other operators, for every device that has no kernel of its
-# own; what is added to a buffer is then rounded to the storage dtype before
+# operators that the compiled module may do without, or never has: through other operators, for every device that has
+# no kernel of its own; what is added to a buffer is then rounded to the storage dtype before
 FALLBACKS = {
     "count_loads": composite.count_loads,
     "weight_grad_accumulate": _weight_grad_accumulate,

@@ -17,7 +17,7 @@ if not dist.is_available():
     pytest.skip("torch was built without distributed", allow_module_level=True)
 
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.distributed.tensor.parallel import parallelize_module  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -64,7 +64,7 @@ def reference_gradients(layer, inputs):
     return gradients(layer)
 
 
-# checks that run on every rank -----------------------------------------------------------------------------------------
+# checks that run on every rank --------------------------------------------------------------------------------------
 
 
 def check_layer(rank, size, mesh):
@@ -163,6 +163,40 @@ def check_fsdp(rank, size, mesh):
     balances_alike(layer, size)
 
 
+def check_low_precision_and_ddp(rank, size, mesh):
+    """A router under FSDP in bf16 computes in fp32; DDP without broadcast buffers keeps each rank's loads."""
+    layer = make_layer(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(layer, mesh=mesh["ep"], mp_policy=policy)
+    logits = []
+    layer.gate.register_forward_hook(lambda module, inputs, outputs: logits.append((inputs[0].dtype, outputs[2].dtype)))
+    out = layer(tokens(rank, 6, torch.float32))
+    out.square().sum().backward()
+    assert out.dtype == torch.bfloat16 and logits == [(torch.bfloat16, torch.float32)]
+    assert layer.gate.e_score_correction_bias.dtype == torch.float32
+    assert all(grad.dtype == torch.float32 for grad in gradients(layer).values())
+    layer = make_layer()
+    model = nn.parallel.DistributedDataParallel(layer, broadcast_buffers=False)
+    for _ in range(2):
+        model(tokens(rank)).square().sum().backward()
+    everyone = reference_gradients(make_layer(), [tokens(r) for r in range(size)])
+    for name, grad in gradients(layer).items():
+        close(grad, 2 * everyone[name] / size)
+    assert layer.tokens_per_expert.sum() == 2 * LOADS[rank] * K
+    balances_alike(layer, size)
+
+
+def check_compile(rank, size, mesh):
+    """Compiled piecewise: the sizes of the all-to-alls are read on the host."""
+    layer = parallelize_module(make_layer(), mesh["ep"], ExpertParallel())
+    compiled = torch.compile(layer, dynamic=True, backend="aot_eager")
+    for count in (7, 12):
+        x, x_ref = tokens(rank, count + rank), tokens(rank, count + rank)
+        out, ref = compiled(x), layer(x_ref)
+        close(out, ref)
+        close(torch.autograd.grad(out.square().sum(), x)[0], torch.autograd.grad(ref.square().sum(), x_ref)[0])
+
+
 def check_two_dimensions(rank, size, mesh):
     """Experts spread over "ep" and sharded over "dp", all else sharded over all ranks: gradients and steps of SGD."""
     for data_parallel in {1, size // 2, size}:
@@ -218,7 +252,8 @@ def spawn(size, path, *checks):
 
 
 def test_two_ranks(tmp_path):
-    spawn(2, tmp_path, check_layer, check_experts, check_options, check_errors, check_fsdp, check_two_dimensions)
+    spawn(2, tmp_path, check_layer, check_experts, check_options, check_errors, check_fsdp,
+          check_low_precision_and_ddp, check_compile, check_two_dimensions)
 
 
 def test_four_ranks(tmp_path):

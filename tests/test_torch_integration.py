@@ -110,7 +110,7 @@ def test_compiled_layer_for_inference_and_under_autocast(training):
 @pytest.mark.parametrize("to", HALVES, ids=backend_id)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=backend_id)
 def test_autocast_gives_the_dtype_of_a_linear(dtype, to, hashed, device):
-    """From any dtype of layer and input; the result is the one without autocast, up to rounding, and so are the loads."""
+    """From any dtype of layer and input; the result is the one without autocast, up to rounding."""
     options = {"vocab_size": 50} if hashed else {"bias": False}
     layer, linear = make_layer(device, dtype, **options), nn.Linear(H, H, device=device, dtype=dtype)
     x, ids = tokens(40, device, dtype), (torch.arange(40, device=device),) if hashed else ()
@@ -246,7 +246,7 @@ def test_copies_of_a_layer_in_the_middle_of_training(hashed, name):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dict_round_trip(assign):
-    """Through a file, loaded without pickled code; what is counted is no state; a layer on meta takes it by assignment."""
+    """Through a file, without pickled code; what is counted is no state; a layer on meta takes it by assignment."""
     layer = make_layer(expert_bias=True)
     layer(tokens(9))
     mk.balance.update_biases(layer)
