@@ -60,7 +60,8 @@ class CMakeBuild(build_ext):
         }
         if os.environ.get("MOE_CUDA_ARCHITECTURES"):
             options["MOE_CUDA_ARCHITECTURES"] = os.environ["MOE_CUDA_ARCHITECTURES"]
-        configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+        # -U: a default of an older CMakeLists.txt must not live on in the build folder
+        configure = ["cmake", "-UMOE_CUDA_ARCHITECTURES", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         subprocess.run(configure + [f"-D{name}={value}" for name, value in options.items()], check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs], check=True)

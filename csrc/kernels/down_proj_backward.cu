@@ -6,13 +6,14 @@
 //
 // Source: SonicMoE (arXiv 2512.14080) keeps the same two tensors between forward and backward.
 #include "grouped_gemm/sm80/launch.cuh"
+#include "grouped_gemm/sm90/launch.cuh"
 
 namespace moe {
 
 namespace {
 
-template <bool kGated, typename Element>
-void down_proj_backward(const DownProjBackwardParams& params, cudaStream_t stream) {
+template <ActivationSet kSet, typename Element>
+void down_proj_backward_sm80(const DownProjBackwardParams& params, cudaStream_t stream) {
   const sm80::MGroupedOperands<Element> operands{static_cast<const Element*>(params.grad_output),
                                                  params.plan.sorted_rows,
                                                  params.top_k,
@@ -22,7 +23,7 @@ void down_proj_backward(const DownProjBackwardParams& params, cudaStream_t strea
                                                  static_cast<int>(params.num_rows),
                                                  params.intermediate_size,
                                                  params.hidden_size};
-  const ActivateBackwardEpilogue<Element, kGated> epilogue{params.topk_weights,
+  const ActivateBackwardEpilogue<Element, kSet> epilogue{params.topk_weights,
                                                            params.plan.sorted_rows,
                                                            static_cast<const Element*>(params.pre_activation),
                                                            static_cast<Element*>(params.grad_pre_activation),
@@ -34,15 +35,57 @@ void down_proj_backward(const DownProjBackwardParams& params, cudaStream_t strea
   sm80::launch_m_grouped<false>(operands, epilogue, stream, "down_proj_backward");
 }
 
+template <ActivationSet kSet, typename Element>
+void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t stream) {
+  constexpr int kHalves = is_gated(kSet) ? 2 : 1;
+  const int columns = params.intermediate_size;
+  const Element* pre = static_cast<const Element*>(params.pre_activation);
+  Element* grad_pre = static_cast<Element*>(params.grad_pre_activation);
+  sm90::ActivateBackwardEpilogue<Element, kSet> epilogue = {};
+  epilogue.gate = sm90::ragged_map(params.dtype, pre, columns, kHalves * columns);
+  epilogue.grad_gate = sm90::ragged_map(params.dtype, grad_pre, columns, kHalves * columns);
+  if (is_gated(kSet)) {
+    epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);
+    epilogue.grad_up = sm90::ragged_map(params.dtype, grad_pre + columns, columns, kHalves * columns);
+  }
+  epilogue.weighted_rows = sm90::ragged_map(params.dtype, params.weighted_rows, columns, columns);
+  epilogue.grad_pre_activation_data = grad_pre;
+  epilogue.weighted_rows_data = static_cast<Element*>(params.weighted_rows);
+  epilogue.topk_weights = params.topk_weights;
+  epilogue.sorted_rows = params.plan.sorted_rows;
+  epilogue.partials = params.partials;
+  epilogue.columns = columns;
+  epilogue.num_partials = routing_grad_partials(columns);
+  epilogue.activation = {params.activation, params.swiglu_limit};
+  const sm90::Product product{params.dtype,
+                              params.grad_output,
+                              params.plan.sorted_rows,
+                              params.top_k,
+                              params.down_proj,
+                              params.plan.expert_offsets,
+                              params.num_experts,
+                              static_cast<int>(params.num_rows),
+                              columns,
+                              params.hidden_size};
+  sm90::launch_m_grouped<sm90::PingPong128x128, true, false, Element>(product, epilogue, stream, "down_proj_backward");
+}
+
 }  // namespace
 
 void launch_down_proj_backward(const DownProjBackwardParams& params, cudaStream_t stream) {
+  if (params.num_rows == 0) return;
+  const bool sm90 = choose_engine(params.num_rows, params.num_experts, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
-    if (params.activation <= Activation::kReGLU) {
-      down_proj_backward<true, Element>(params, stream);
+    if (params.activation > Activation::kReGLU) {
+      sm90 ? down_proj_backward_sm90<ActivationSet::kUngated, Element>(params, stream)
+           : down_proj_backward_sm80<ActivationSet::kUngated, Element>(params, stream);
+    } else if (!sm90) {
+      down_proj_backward_sm80<ActivationSet::kGated, Element>(params, stream);
+    } else if (params.activation == Activation::kSwiGLU) {
+      down_proj_backward_sm90<ActivationSet::kSwiGLU, Element>(params, stream);
     } else {
-      down_proj_backward<false, Element>(params, stream);
+      down_proj_backward_sm90<ActivationSet::kGated, Element>(params, stream);
     }
   });
 }

@@ -198,6 +198,7 @@ struct WeightGradParams {
   const int32_t* grad_sorted_rows;   // [S] or null
   const int32_t* a_sorted_rows;      // [S] or null
   void* output;                      // [E, n, k] of dtype; exactly 0 for an expert without rows
+  int64_t num_rows;                  // S
   int num_experts;
   int n;
   int k;

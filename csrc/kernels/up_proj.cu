@@ -5,14 +5,14 @@
 //
 // Its input gradient is grouped_mm, its weight gradient weight_grad.
 #include "grouped_gemm/sm80/launch.cuh"
+#include "grouped_gemm/sm90/launch.cuh"
 
 namespace moe {
 
 namespace {
 
-template <bool kGated, typename Element>
-void up_proj(const UpProjParams& params, cudaStream_t stream) {
-  const int width = (kGated ? 2 : 1) * params.intermediate_size;
+template <ActivationSet kSet, typename Element>
+void up_proj_sm80(const UpProjParams& params, cudaStream_t stream) {
   const sm80::MGroupedOperands<Element> operands{static_cast<const Element*>(params.hidden_states),
                                                  params.plan.sorted_rows,
                                                  params.top_k,
@@ -20,25 +20,59 @@ void up_proj(const UpProjParams& params, cudaStream_t stream) {
                                                  params.plan.expert_offsets,
                                                  params.num_experts,
                                                  static_cast<int>(params.num_rows),
-                                                 width,
+                                                 (is_gated(kSet) ? 2 : 1) * params.intermediate_size,
                                                  params.hidden_size};
-  const ActivateEpilogue<Element, kGated> epilogue{static_cast<const Element*>(params.gate_up_bias),
-                                                   static_cast<Element*>(params.rows),
-                                                   static_cast<Element*>(params.pre_activation),
-                                                   params.intermediate_size,
-                                                   {params.activation, params.swiglu_limit}};
+  const ActivateEpilogue<Element, kSet> epilogue{static_cast<const Element*>(params.gate_up_bias),
+                                                 static_cast<Element*>(params.rows),
+                                                 static_cast<Element*>(params.pre_activation),
+                                                 params.intermediate_size,
+                                                 {params.activation, params.swiglu_limit}};
   sm80::launch_m_grouped<true>(operands, epilogue, stream, "up_proj");
+}
+
+template <ActivationSet kSet, typename Element>
+void up_proj_sm90(const UpProjParams& params, cudaStream_t stream) {
+  constexpr int kHalves = is_gated(kSet) ? 2 : 1;
+  const int columns = params.intermediate_size;
+  Element* pre = static_cast<Element*>(params.pre_activation);
+  sm90::ActivateEpilogue<Element, kSet> epilogue = {};
+  epilogue.rows = sm90::ragged_map(params.dtype, params.rows, columns, columns);
+  if (pre != nullptr) epilogue.gate = sm90::ragged_map(params.dtype, pre, columns, kHalves * columns);
+  if (pre != nullptr && is_gated(kSet)) epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);
+  epilogue.rows_data = static_cast<Element*>(params.rows);
+  epilogue.pre_activation_data = pre;
+  epilogue.bias = static_cast<const Element*>(params.gate_up_bias);
+  epilogue.columns = columns;
+  epilogue.activation = {params.activation, params.swiglu_limit};
+  const sm90::Product product{params.dtype,
+                              params.hidden_states,
+                              params.plan.sorted_rows,
+                              params.top_k,
+                              params.gate_up_proj,
+                              params.plan.expert_offsets,
+                              params.num_experts,
+                              static_cast<int>(params.num_rows),
+                              kHalves * columns,
+                              params.hidden_size};
+  sm90::launch_m_grouped<sm90::Cooperative128x256, true, true, Element>(product, epilogue, stream, "up_proj");
 }
 
 }  // namespace
 
 void launch_up_proj(const UpProjParams& params, cudaStream_t stream) {
+  if (params.num_rows == 0) return;
+  const bool sm90 = choose_engine(params.num_rows, params.num_experts, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
-    if (params.activation <= Activation::kReGLU) {
-      up_proj<true, Element>(params, stream);
+    if (params.activation > Activation::kReGLU) {
+      sm90 ? up_proj_sm90<ActivationSet::kUngated, Element>(params, stream)
+           : up_proj_sm80<ActivationSet::kUngated, Element>(params, stream);
+    } else if (!sm90) {
+      up_proj_sm80<ActivationSet::kGated, Element>(params, stream);
+    } else if (params.activation == Activation::kSwiGLU) {
+      up_proj_sm90<ActivationSet::kSwiGLU, Element>(params, stream);
     } else {
-      up_proj<false, Element>(params, stream);
+      up_proj_sm90<ActivationSet::kGated, Element>(params, stream);
     }
   });
 }

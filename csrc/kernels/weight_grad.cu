@@ -2,27 +2,51 @@
 //
 //   grad [S or T, n], a [S or T, k]  ->  out [E, n, k]; see grouped_gemm/sm80/k_grouped.cuh
 #include "grouped_gemm/sm80/launch.cuh"
+#include "grouped_gemm/sm90/launch.cuh"
 
 namespace moe {
 
+namespace {
+
+template <typename Element>
+void weight_grad_sm80(const WeightGradParams& params, cudaStream_t stream) {
+  const sm80::KGroupedOperands<Element> operands{static_cast<const Element*>(params.grad),
+                                                 static_cast<const Element*>(params.a),
+                                                 params.expert_offsets,
+                                                 params.grad_sorted_rows,
+                                                 params.a_sorted_rows,
+                                                 params.top_k,
+                                                 params.num_experts,
+                                                 params.n,
+                                                 params.k};
+  const StoreEpilogue<Element> epilogue{nullptr, static_cast<Element*>(params.output), params.k};
+  if (weight_grad_tile(device_limits()) == TileChoice::k128x256) {
+    sm80::launch_k_grouped<WeightGradTile>(operands, epilogue, stream, "weight_grad");
+  } else {
+    sm80::launch_k_grouped<Tile128x128>(operands, epilogue, stream, "weight_grad");
+  }
+}
+
+template <typename Element>
+void weight_grad_sm90(const WeightGradParams& params, cudaStream_t stream) {
+  if (params.grad_sorted_rows != nullptr) {
+    sm90::launch_k_grouped<sm90::Gathered::kGrad, false, Element>(params, stream);
+  } else if (params.a_sorted_rows != nullptr) {
+    sm90::launch_k_grouped<sm90::Gathered::kA, false, Element>(params, stream);
+  } else {
+    sm90::launch_k_grouped<sm90::Gathered::kNone, false, Element>(params, stream);
+  }
+}
+
+}  // namespace
+
 void launch_weight_grad(const WeightGradParams& params, cudaStream_t stream) {
+  // The sm_90a engine gathers one side.
+  const bool gathers_both = params.grad_sorted_rows != nullptr && params.a_sorted_rows != nullptr;
+  const bool sm90 = !gathers_both && weight_grad_engine(params.num_rows, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
-    const sm80::KGroupedOperands<Element> operands{static_cast<const Element*>(params.grad),
-                                                   static_cast<const Element*>(params.a),
-                                                   params.expert_offsets,
-                                                   params.grad_sorted_rows,
-                                                   params.a_sorted_rows,
-                                                   params.top_k,
-                                                   params.num_experts,
-                                                   params.n,
-                                                   params.k};
-    const StoreEpilogue<Element> epilogue{nullptr, static_cast<Element*>(params.output), params.k};
-    if (weight_grad_tile(device_limits()) == TileChoice::k128x256) {
-      sm80::launch_k_grouped<WeightGradTile>(operands, epilogue, stream, "weight_grad");
-    } else {
-      sm80::launch_k_grouped<Tile128x128>(operands, epilogue, stream, "weight_grad");
-    }
+    sm90 ? weight_grad_sm90<Element>(params, stream) : weight_grad_sm80<Element>(params, stream);
   });
 }
 

@@ -48,6 +48,7 @@ Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor 
   params.grad_sorted_rows = int_data(grad_sorted_rows, "grad_sorted_rows", {grad_rows});
   params.a_sorted_rows = int_data(a_sorted_rows, "a_sorted_rows", {a_rows});
   params.output = output.data_ptr();
+  params.num_rows = grad_rows;
   params.num_experts = checked_int(num_experts, "num_experts");
   params.n = checked_width(n, "n");
   params.k = checked_width(k, "k");

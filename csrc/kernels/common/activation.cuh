@@ -11,6 +11,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../params.h"
+#include "ptx.cuh"
 
 namespace moe {
 
@@ -24,7 +25,7 @@ struct ValueAndSlope {
 };
 
 __device__ __forceinline__ ValueAndSlope silu(float x) {
-  const float sigmoid = 1.0f / (1.0f + __expf(-x));
+  const float sigmoid = reciprocal_approx(1.0f + __expf(-x));
   const float value = x * sigmoid;
   return {value, sigmoid + value * (1.0f - sigmoid)};
 }
@@ -64,15 +65,22 @@ __device__ __forceinline__ ValueAndSlope activate_one(float x) {
 __device__ __forceinline__ float clamp_above(float x, float limit) { return x > limit ? limit : x; }
 __device__ __forceinline__ float clamp_both(float x, float limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
 
+// Which activations a kernel is built for: swiglu alone (a quarter of the code), all gated ones, all ungated ones.
+enum class ActivationSet { kSwiGLU, kGated, kUngated };
+
+constexpr bool is_gated(ActivationSet set) { return set != ActivationSet::kUngated; }
+
 // Calls body(integral constant of the kind): one uniform branch outside the loop over elements.
 template <Activation kKind>
 struct ActivationTag {
   static constexpr Activation kind = kKind;
 };
 
-template <bool kGated, typename Body>
+template <ActivationSet kSet, typename Body>
 __device__ __forceinline__ void dispatch_activation(Activation kind, Body&& body) {
-  if constexpr (kGated) {
+  if constexpr (kSet == ActivationSet::kSwiGLU) {
+    body(ActivationTag<Activation::kSwiGLU>{});
+  } else if constexpr (kSet == ActivationSet::kGated) {
     switch (kind) {
       case Activation::kGeGLU: return body(ActivationTag<Activation::kGeGLU>{});
       case Activation::kGeGLUTanh: return body(ActivationTag<Activation::kGeGLUTanh>{});
@@ -89,14 +97,17 @@ __device__ __forceinline__ void dispatch_activation(Activation kind, Body&& body
   }
 }
 
+// a * b + c * d, rounded alike wherever it stands.
+__device__ __forceinline__ float dot2(float a, float b, float c, float d) { return __fmaf_rn(c, d, __fmul_rn(a, b)); }
+
 // activated[i] = act(gate[i], up[i]); `up` is not read when ungated.
-template <bool kGated>
+template <ActivationSet kSet>
 __device__ __forceinline__ void activate8(const ActivationParams& params, const float (&gate)[8], const float (&up)[8],
                                           float (&activated)[8]) {
-  dispatch_activation<kGated>(params.kind, [&](auto tag) {
+  dispatch_activation<kSet>(params.kind, [&](auto tag) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (kGated) {
+      if constexpr (is_gated(kSet)) {
         const float g = clamp_above(gate[i], params.limit);
         const float u = clamp_both(up[i], params.limit);
         activated[i] = activate_one<decltype(tag)::kind>(g).value * u;
@@ -108,13 +119,13 @@ __device__ __forceinline__ void activate8(const ActivationParams& params, const 
 }
 
 // The same with the derivatives of activated[i] by gate[i] and up[i].
-template <bool kGated>
+template <ActivationSet kSet>
 __device__ __forceinline__ void activate8_backward(const ActivationParams& params, const float (&gate)[8], const float (&up)[8],
                                                    float (&activated)[8], float (&by_gate)[8], float (&by_up)[8]) {
-  dispatch_activation<kGated>(params.kind, [&](auto tag) {
+  dispatch_activation<kSet>(params.kind, [&](auto tag) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (kGated) {
+      if constexpr (is_gated(kSet)) {
         const float u = clamp_both(up[i], params.limit);
         const ValueAndSlope f = activate_one<decltype(tag)::kind>(clamp_above(gate[i], params.limit));
         activated[i] = f.value * u;

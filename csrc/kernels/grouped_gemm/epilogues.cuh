@@ -46,9 +46,9 @@ struct StoreEpilogue {
 };
 
 // rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
-template <typename Element, bool kGatedValue>
+template <typename Element, ActivationSet kSet>
 struct ActivateEpilogue {
-  static constexpr bool kGated = kGatedValue;
+  static constexpr bool kGated = is_gated(kSet);
   static constexpr int kHalves = kGated ? 2 : 1;
   const Element* bias;      // [E, kHalves * columns] or null
   Element* rows;            // [S, columns]
@@ -70,15 +70,16 @@ struct ActivateEpilogue {
       if constexpr (kGated) store8(pre + columns, up);
     }
     float activated[8];
-    activate8<kGated>(activation, gate, up, activated);
+    activate8<kSet>(activation, gate, up, activated);
     store8(rows + place.row * columns + place.column, activated);
   }
 };
 
 // The outputs are u = grad_output @ down_proj; see DownProjBackwardParams.
-template <typename Element, bool kGatedActivation>
+template <typename Element, ActivationSet kSet>
 struct ActivateBackwardEpilogue {
   static constexpr bool kGated = false;  // the tile itself has one kind of column
+  static constexpr bool kGatedActivation = is_gated(kSet);
   static constexpr int kHalves = kGatedActivation ? 2 : 1;
   const float* topk_weights;      // [T * K]
   const int32_t* sorted_rows;     // [S]
@@ -91,30 +92,39 @@ struct ActivateBackwardEpilogue {
   ActivationParams activation;
 
   __device__ void operator()(const OutputPlace& place, float (&u)[8], const float (&)[8]) const {
-    float sum = 0.0f;
-    if (place.exists) sum = place.has_expert ? gradients(place, u) : zeros(place);
-    // 4 neighbouring lanes hold the 32 columns of one partial sum (kRoutingGradColumns).
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+    float sums[4] = {};
+    if (place.exists) place.has_expert ? gradients(place, u, sums) : zeros(place);
+    const float sum = sum_of_32(sums);
     if (place.exists && place.has_expert && place.column % kRoutingGradColumns == 0) {
       partials[place.row * num_partials + place.column / kRoutingGradColumns] = sum;
     }
   }
 
  private:
-  // Stores the row's gradients and returns dot(activated, u) of these columns.
-  __device__ float gradients(const OutputPlace& place, const float (&u)[8]) const {
+  // 4 neighbouring lanes hold the 32 columns of one partial sum (kRoutingGradColumns), each the sums of its 4 pairs of columns.
+  // First the same pair of all lanes, then the pairs: the order in which the sm_90a engine has them.
+  __device__ static float sum_of_32(float (&sums)[4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      sums[pair] += __shfl_xor_sync(~0u, sums[pair], 1);
+      sums[pair] += __shfl_xor_sync(~0u, sums[pair], 2);
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  // Stores the row's gradients; sums[i]: dot(activated, u) of columns 2 i and 2 i + 1.
+  __device__ void gradients(const OutputPlace& place, const float (&u)[8], float (&sums)[4]) const {
     const int64_t pre_offset = place.row * kHalves * columns + place.column;
     // Read-only loads: the compiler may start those of the next rows before the stores of this one.
     const float weight = __ldg(topk_weights + __ldg(sorted_rows + place.row));
     float gate[8], up[8], activated[8], by_gate[8], by_up[8];
     load8_readonly(pre_activation + pre_offset, gate);
     if constexpr (kGatedActivation) load8_readonly(pre_activation + pre_offset + columns, up);
-    activate8_backward<kGatedActivation>(activation, gate, up, activated, by_gate, by_up);
-    float sum = 0.0f;
+    activate8_backward<kSet>(activation, gate, up, activated, by_gate, by_up);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = dot2(activated[2 * i], u[2 * i], activated[2 * i + 1], u[2 * i + 1]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      sum += activated[i] * u[i];
       by_gate[i] *= weight * u[i];
       if constexpr (kGatedActivation) by_up[i] *= weight * u[i];
       activated[i] *= weight;
@@ -122,16 +132,14 @@ struct ActivateBackwardEpilogue {
     store8(grad_pre_activation + pre_offset, by_gate);
     if constexpr (kGatedActivation) store8(grad_pre_activation + pre_offset + columns, by_up);
     store8(weighted_rows + place.row * columns + place.column, activated);
-    return sum;
   }
 
-  __device__ float zeros(const OutputPlace& place) const {
+  __device__ void zeros(const OutputPlace& place) const {
     const int64_t pre_offset = place.row * kHalves * columns + place.column;
     const float nothing[8] = {};
     store8(grad_pre_activation + pre_offset, nothing);
     if constexpr (kGatedActivation) store8(grad_pre_activation + pre_offset + columns, nothing);
     store8(weighted_rows + place.row * columns + place.column, nothing);
-    return 0.0f;
   }
 };
 

@@ -9,6 +9,7 @@ namespace moe {
 namespace {
 
 std::atomic<TileChoice> forced_tile{TileChoice::kAuto};
+std::atomic<Engine> forced_engine{Engine::kAuto};
 
 DeviceLimits query_limits(int device) {
   DeviceLimits limits{};
@@ -17,6 +18,7 @@ DeviceLimits query_limits(int device) {
     check_cuda(cudaDeviceGetAttribute(&value, which, device), "device attributes");
     return value;
   };
+  limits.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   limits.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.shared_bytes_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
@@ -41,6 +43,18 @@ DeviceLimits device_limits() {
   std::call_once(asked[device], [&] { limits[device] = query_limits(device); });
   return limits[device];
 }
+
+void force_engine(Engine engine) { forced_engine.store(engine, std::memory_order_relaxed); }
+
+Engine choose_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits) {
+  const Engine forced = forced_engine.load(std::memory_order_relaxed);
+  constexpr int64_t kMostRows = int64_t{1} << 30;  // of a ragged tensor map
+  if (limits.compute_capability != 90 || num_rows > kMostRows || forced == Engine::kSm80) return Engine::kSm80;
+  if (forced == Engine::kSm90) return Engine::kSm90;
+  return num_rows > int64_t{16} * num_experts ? Engine::kSm90 : Engine::kSm80;
+}
+
+Engine weight_grad_engine(int64_t num_rows, const DeviceLimits& limits) { return choose_engine(num_rows, 0, limits); }
 
 void force_tile(TileChoice choice) { forced_tile.store(choice, std::memory_order_relaxed); }
 

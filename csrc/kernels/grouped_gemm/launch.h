@@ -17,6 +17,7 @@
 namespace moe {
 
 struct DeviceLimits {
+  int compute_capability;  // 90 for 9.0
   int multiprocessors;
   int shared_bytes_per_block;  // what a block may ask for
   int shared_bytes_per_multiprocessor;
@@ -34,6 +35,17 @@ TileChoice weight_grad_tile(const DeviceLimits& limits);
 void force_tile(TileChoice choice);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+enum class Engine { kAuto, kSm80, kSm90 };
+
+// The engine of an m-grouped product: sm_90a code runs on compute capability 9.0 alone. kAuto never comes back.
+Engine choose_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits);
+
+// The engine of a weight gradient.
+Engine weight_grad_engine(int64_t num_rows, const DeviceLimits& limits);
+
+// Makes every product use this engine where the card has it, kAuto to end that: for tests and tuning.
+void force_engine(Engine engine);
 
 // Blocks of a persistent launch: no more than there are tiles, no more than run at once.
 template <typename Config>

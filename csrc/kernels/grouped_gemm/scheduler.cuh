@@ -1,7 +1,8 @@
 // Which tile a block computes next, found on the device from expert_offsets: no host needs to know the loads.
 //
 // Tiles are numbered expert by expert, inside an expert by column tile, inside that by row tile, so that neighbouring blocks share
-// the weights' tile. Block b computes tiles b, b + gridDim.x, ... The rows behind the last expert (slots whose id was no expert)
+// the weights' tile. Block b computes tiles b, b + gridDim.x, ...; where two warpgroups of a block take turns, each steps over the
+// other's tiles. The rows behind the last expert (slots whose id was no expert)
 // are one more group, `expert == num_experts`, whose outputs are zeros.
 #pragma once
 
@@ -19,8 +20,14 @@ struct Tile {
 template <int kTileRows>
 class TileScheduler {
  public:
-  __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles)
-      : offsets_(expert_offsets), num_experts_(num_experts), num_rows_(num_rows), column_tiles_(column_tiles) {
+  // The caller takes every `step`-th of the block's tiles, beginning with the `first`.
+  __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles, int first = 0, int step = 1)
+      : offsets_(expert_offsets),
+        num_experts_(num_experts),
+        num_rows_(num_rows),
+        column_tiles_(column_tiles),
+        index_(blockIdx.x + first * gridDim.x),
+        stride_(step * gridDim.x) {
     load_groups();
   }
 
@@ -43,7 +50,7 @@ class TileScheduler {
     tile.column_tile = local / row_tiles;
     tile.row_begin = begin + (local - tile.column_tile * row_tiles) * kTileRows;
     tile.row_end = end;
-    index_ += gridDim.x;
+    index_ += stride_;
     return true;
   }
 
@@ -66,7 +73,7 @@ class TileScheduler {
 
   const int32_t* offsets_;
   int num_experts_, num_rows_, column_tiles_;
-  int index_ = blockIdx.x;
+  int index_, stride_;
   int first_group_ = 0;
   int tiles_before_ = 0;  // row tiles of the groups before first_group_
   int begin_, end_, inclusive_;

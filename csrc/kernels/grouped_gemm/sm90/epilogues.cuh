@@ -1,0 +1,266 @@
+// What happens to a consumer's fp32 outputs. The results are laid into shared memory as TMA wants them, 64 rows x 64 columns a time,
+// and TMA stores them through ragged maps, which end at the expert's last row.
+//
+// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all), the shared memory and
+// barriers that a consumer warpgroup needs, and a Worker with begin(tile) before a tile's products and finish(tile, fragment,
+// outputs) after them; zeros(tile, rows, columns) takes their place where rows have no expert.
+#pragma once
+
+#include "../../common/activation.cuh"
+#include "../../common/vector.cuh"
+#include "pipeline.cuh"
+#include "tensor_map.h"
+
+namespace moe::sm90 {
+
+constexpr int kPieceBytes = 64 * 128;  // 64 rows x 64 columns
+
+// A consumer warpgroup's part of a tile.
+struct ConsumerTile {
+  int row;         // of the first fragment
+  int row_end;     // of the group: rows from here on do not exist
+  int column;      // first output column
+  int expert;
+};
+
+struct Consumer {
+  int index;          // 0 or 1
+  uint32_t staging;   // shared memory of this warpgroup's epilogue
+  uint32_t barriers;  // likewise
+
+  __device__ int thread() const { return threadIdx.x % 128; }
+  __device__ bool leads() const { return threadIdx.x % 128 == 0; }
+  __device__ void sync() const {
+    if (index == 0) named_barrier_sync<1, 128>();
+    else named_barrier_sync<2, 128>();
+  }
+  // Shared address, in the piece at `piece`, of this lane's 16 bytes of a stmatrix or ldmatrix of columns 16 group .. + 15.
+  __device__ uint32_t matrix_address(uint32_t piece, int group) const {
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
+    return piece + row * 128 + (((2 * group + threadIdx.x % 32 / 16) ^ (row % 8)) << 4);
+  }
+  // Rows of this thread's outputs 4 j, 4 j + 1; those of 4 j + 2, 4 j + 3 lie 8 below.
+  __device__ int row() const { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+  __device__ int column() const { return threadIdx.x % 4 * 2; }
+};
+
+// The 8 values that a thread has of 16 columns: outputs 8 group .. + 7.
+template <typename Element>
+__device__ __forceinline__ void pack_matrix(const float (&values)[8], uint32_t (&words)[4]) {
+  const uint4 packed = pack8<Element>(values);
+  words[0] = packed.x, words[1] = packed.y, words[2] = packed.z, words[3] = packed.w;
+}
+
+template <int kCount>
+__device__ __forceinline__ void take8(const float (&outputs)[kCount], int first, float (&values)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = outputs[first + i];
+}
+
+// Adds bias[0 .. 63] to 64 columns: outputs first .. first + 31. Columns beyond `columns` are not read.
+template <typename Element, int kCount>
+__device__ __forceinline__ void add_bias(float (&outputs)[kCount], int first, const Element* bias, int columns, int lane_column) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const int column = 8 * j + lane_column;
+    if (column >= columns) continue;
+    typename Pair<Element>::Type pair;
+    const unsigned word = __ldg(reinterpret_cast<const unsigned*>(bias + column));
+    memcpy(&pair, &word, sizeof(pair));
+    const float2 added = Pair<Element>::to_float(pair);
+    outputs[first + 4 * j] += added.x, outputs[first + 4 * j + 1] += added.y;
+    outputs[first + 4 * j + 2] += added.x, outputs[first + 4 * j + 3] += added.y;
+  }
+}
+
+// Rows [row, row_end) x columns [column, column_end) of data become 0. Bounds of columns are multiples of 8.
+template <typename Element>
+__device__ __forceinline__ void store_zeros(Element* data, int pitch, int row, int row_end, int column, int column_end) {
+  const int chunks = (column_end - column) / 8;
+  for (int i = threadIdx.x % 128; i < (row_end - row) * chunks; i += 128) {
+    const int64_t place = static_cast<int64_t>(row + i / chunks) * pitch + column + i % chunks * 8;
+    *reinterpret_cast<uint4*>(data + place) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Two pieces of shared memory in turn: one is filled while TMA reads the other.
+class Stager {
+ public:
+  static constexpr int kBytes = 2 * kPieceBytes;
+
+  __device__ explicit Stager(const Consumer& consumer) : consumer_(consumer) {}
+
+  // Stores 64 columns; values_of(group, values) gives this thread's 8 values of 16 columns.
+  template <typename Element, typename ValuesOf, typename Store>
+  __device__ __forceinline__ void store(ValuesOf values_of, Store store_piece) {
+    const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
+    if (consumer_.leads()) tma_wait_read<1>();
+    consumer_.sync();
+#pragma unroll
+    for (int group = 0; group < 4; ++group) {
+      float values[8];
+      values_of(group, values);
+      uint32_t words[4];
+      pack_matrix<Element>(values, words);
+      stmatrix_x4(consumer_.matrix_address(piece, group), words);
+    }
+    hand_over(piece, store_piece);
+  }
+
+  // Stores 32 columns of fp32: outputs first .. first + 15.
+  template <int kCount, typename Store>
+  __device__ __forceinline__ void store_fp32(const float (&outputs)[kCount], int first, Store store_piece) {
+    const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
+    if (consumer_.leads()) tma_wait_read<1>();
+    consumer_.sync();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // 8 columns i / 2; this thread's row, or the one 8 below
+      const int row = consumer_.row() + i % 2 * 8, column = i / 2 * 8 + consumer_.column();
+      const uint32_t address = piece + row * 128 + ((column / 4 ^ row % 8) << 4) + column % 4 * 4;
+      const int at = first + i / 2 * 4 + i % 2 * 2;
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(outputs[at]), "f"(outputs[at + 1]) : "memory");
+    }
+    hand_over(piece, store_piece);
+  }
+
+ private:
+  template <typename Store>
+  __device__ __forceinline__ void hand_over(uint32_t piece, Store store_piece) {
+    proxy_fence();
+    consumer_.sync();
+    if (consumer_.leads()) {
+      store_piece(piece);
+      tma_commit();
+    }
+    turn_ ^= 1;
+  }
+  const Consumer& consumer_;
+  int turn_ = 0;
+};
+
+__device__ __forceinline__ void store_ragged(const CUtensorMap& map, uint32_t piece, int column, int row, int row_end) {
+  tma_store(map, piece, column, ragged_row(row, row_end), kRaggedRows, row_end);
+}
+
+// c[row] = outputs (+ bias[expert])
+template <typename Element>
+struct StoreEpilogue {
+  static constexpr bool kGated = false;
+  static constexpr int kSharedBytes = Stager::kBytes;
+  static constexpr int kBarriers = 0;
+  CUtensorMap output;   // ragged, [S, columns]
+  Element* output_data;
+  const Element* bias;  // [E, columns] or null
+  int columns;
+
+  __device__ void zeros(int row, int row_end, int column, int column_end) const {
+    store_zeros(output_data, columns, row, row_end, column, column_end);
+  }
+
+  class Worker {
+   public:
+    __device__ Worker(const StoreEpilogue& epilogue, const Consumer& consumer)
+        : epilogue_(epilogue), consumer_(consumer), stager_(consumer) {}
+    __device__ void begin(const ConsumerTile&) {}
+
+    template <int kCount>
+    __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
+      const int row = tile.row + fragment * 64;
+      if (row >= tile.row_end) return;
+#pragma unroll
+      for (int piece = 0; piece < kCount / 32; ++piece) {
+        const int column = tile.column + piece * 64;
+        if (column >= epilogue_.columns) break;
+        if (epilogue_.bias != nullptr) {
+          const Element* bias = epilogue_.bias + static_cast<int64_t>(tile.expert) * epilogue_.columns + column;
+          add_bias(outputs, piece * 32, bias, epilogue_.columns - column, consumer_.column());
+        }
+        stager_.template store<Element>(
+            [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
+            [&](uint32_t shared) { store_ragged(epilogue_.output, shared, column, row, tile.row_end); });
+      }
+    }
+
+   private:
+    const StoreEpilogue& epilogue_;
+    const Consumer& consumer_;
+    Stager stager_;
+  };
+};
+
+// rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
+template <typename Element, ActivationSet kSet>
+struct ActivateEpilogue {
+  static constexpr bool kGated = is_gated(kSet);
+  static constexpr int kSharedBytes = Stager::kBytes;
+  static constexpr int kBarriers = 0;
+  CUtensorMap rows;      // ragged, [S, columns]
+  CUtensorMap gate, up;  // ragged, the halves of pre_activation; up only when gated
+  Element* rows_data;
+  Element* pre_activation_data;  // null: not kept
+  const Element* bias;   // [E, columns or 2 * columns] or null
+  int columns;           // I
+  ActivationParams activation;
+
+  __device__ void zeros(int row, int row_end, int column, int column_end) const {
+    store_zeros(rows_data, columns, row, row_end, column, column_end);
+    if (pre_activation_data == nullptr) return;
+    for (int half = 0; half < (kGated ? 2 : 1); ++half) {
+      store_zeros(pre_activation_data + half * columns, (kGated ? 2 : 1) * columns, row, row_end, column, column_end);
+    }
+  }
+
+  class Worker {
+   public:
+    __device__ Worker(const ActivateEpilogue& epilogue, const Consumer& consumer)
+        : epilogue_(epilogue), consumer_(consumer), stager_(consumer) {}
+    __device__ void begin(const ConsumerTile&) {}
+
+    template <int kCount>
+    __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
+      constexpr int kHalf = kGated ? kCount / 2 : 0;
+      const int row = tile.row + fragment * 64;
+      if (row >= tile.row_end) return;
+#pragma unroll
+      for (int piece = 0; piece < kCount / (kGated ? 64 : 32); ++piece) {
+        const int column = tile.column + piece * 64;
+        if (column >= epilogue_.columns) break;
+        if (epilogue_.bias != nullptr) add_biases(tile.expert, column, piece * 32, outputs);
+        if (epilogue_.pre_activation_data != nullptr) {
+          store(epilogue_.gate, column, row, tile.row_end,
+                [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); });
+          if constexpr (kGated) {
+            store(epilogue_.up, column, row, tile.row_end,
+                  [&](int group, float (&values)[8]) { take8(outputs, kHalf + piece * 32 + group * 8, values); });
+          }
+        }
+        store(epilogue_.rows, column, row, tile.row_end, [&](int group, float (&values)[8]) {
+          float gate[8], up[8];
+          take8(outputs, piece * 32 + group * 8, gate);
+          if constexpr (kGated) take8(outputs, kHalf + piece * 32 + group * 8, up);
+          activate8<kSet>(epilogue_.activation, gate, up, values);
+        });
+      }
+    }
+
+   private:
+    template <typename ValuesOf>
+    __device__ __forceinline__ void store(const CUtensorMap& map, int column, int row, int row_end, ValuesOf values_of) {
+      stager_.template store<Element>(values_of, [&](uint32_t piece) { store_ragged(map, piece, column, row, row_end); });
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ void add_biases(int expert, int column, int first, float (&outputs)[kCount]) {
+      const int columns = epilogue_.columns;
+      const Element* bias = epilogue_.bias + static_cast<int64_t>(expert) * (kGated ? 2 : 1) * columns + column;
+      add_bias(outputs, first, bias, columns - column, consumer_.column());
+      if constexpr (kGated) add_bias(outputs, kCount / 2 + first, bias + columns, columns - column, consumer_.column());
+    }
+
+    const ActivateEpilogue& epilogue_;
+    const Consumer& consumer_;
+    Stager stager_;
+  };
+};
+
+}  // namespace moe::sm90

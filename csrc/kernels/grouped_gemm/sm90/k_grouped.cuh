@@ -1,0 +1,247 @@
+// The k-grouped product on Hopper: the same as sm80/k_grouped.cuh computes, to the bit. It makes the weight gradients.
+//
+//   out[e] [n, k] (+)= sum over the rows r of expert e, ascending, of outer(grad[row(r), :], a[row(r), :])
+//
+// Both operands lie row by row, so both are MN-major: a stage is 64 rows, in chunks of 64 columns. One side may be gathered, by
+// cp.async of the producer's 128 threads; it gets the narrow side of the tile. The other comes through a ragged map, which reads
+// zeros behind the expert's last row. Tiles are numbered expert by expert, along the rows of the output. An expert without rows gets
+// zeros, or, where the gradient is added to what is there, nothing.
+#pragma once
+
+#include "epilogues.cuh"
+#include "pipeline.cuh"
+
+namespace moe::sm90 {
+
+template <typename Element>
+struct KGroupedOperands {
+  CUtensorMap ragged;             // the side that is not gathered, or both
+  CUtensorMap ragged_too;         // the other one when nothing is gathered
+  const Element* gathered;        // [T, width of the gathered side]
+  const int32_t* row_index;       // [S]: row(r) = row_index[r] / row_divisor
+  int row_divisor;                // K
+  const int32_t* expert_offsets;  // [E + 1]
+  int num_experts;
+  int n;
+  int k;
+};
+
+enum class Gathered { kNone, kGrad, kA };
+
+// Copies 64 gathered rows x 128 columns a stage. Thread t copies 16-byte chunk t % 8 of both column chunks of rows t / 8 + 16 i. Row
+// numbers are read one stage ahead of their copies.
+template <typename Element>
+class ColumnGather {
+ public:
+  __device__ ColumnGather(const KGroupedOperands<Element>& operands, int width, int column, int begin, int end)
+      : operands_(operands), width_(width), end_(end), next_(begin + threadIdx.x / 8) {
+    const int t = threadIdx.x;
+    column_ = column + t % 8 * 8;
+    shared_offset_ = t / 8 * 128 + ((t % 8 ^ t / 8 % 8) << 4);
+    read_rows();
+  }
+  __device__ void load(uint32_t stage) {
+    int rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows[i] = rows_[i];
+    read_rows();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Element* from = operands_.gathered + static_cast<int64_t>(rows[i] < 0 ? 0 : rows[i] / operands_.row_divisor) * width_;
+#pragma unroll
+      for (int chunk = 0; chunk < 2; ++chunk) {
+        const int column = column_ + chunk * 64;
+        const bool valid = rows[i] >= 0 && column < width_;
+        cp_async_16(stage + chunk * kMnChunkBytes + shared_offset_ + i * 2048, valid ? from + column : operands_.gathered, valid);
+      }
+    }
+  }
+
+ private:
+  __device__ void read_rows() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = next_ + 16 * i;
+      rows_[i] = row < end_ ? __ldg(operands_.row_index + row) : -1;
+    }
+    next_ += 64;
+  }
+  const KGroupedOperands<Element>& operands_;
+  int width_, end_, next_, column_;
+  uint32_t shared_offset_;
+  int rows_[4];
+};
+
+struct WeightTile {
+  int expert, row, column;  // row of n, column of k
+  int begin, end;           // the expert's rows
+};
+
+// Block b computes tiles b, b + gridDim.x, ...
+template <typename Config, typename Element>
+class WeightTiles {
+ public:
+  __device__ explicit WeightTiles(const KGroupedOperands<Element>& operands)
+      : operands_(operands),
+        column_tiles_((operands.k + Config::kCols - 1) / Config::kCols),
+        expert_tiles_(column_tiles_ * ((operands.n + Config::kRows - 1) / Config::kRows)),
+        local_(blockIdx.x) {}
+
+  __device__ bool next(WeightTile& tile) {
+    expert_ += local_ / expert_tiles_;
+    local_ %= expert_tiles_;
+    if (expert_ >= operands_.num_experts) return false;
+    const int row_tile = local_ / column_tiles_;
+    tile = {expert_, row_tile * Config::kRows, (local_ - row_tile * column_tiles_) * Config::kCols,
+            __ldg(operands_.expert_offsets + expert_), __ldg(operands_.expert_offsets + expert_ + 1)};
+    local_ += gridDim.x;
+    return true;
+  }
+
+ private:
+  const KGroupedOperands<Element>& operands_;
+  int column_tiles_, expert_tiles_;
+  int expert_ = 0, local_;  // tiles of an expert: far below 2^31
+};
+
+template <int kChunks>
+__device__ __forceinline__ void load_ragged(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int column, int row, int end) {
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    tma_load(stage + chunk * kMnChunkBytes, map, barrier, column + chunk * 64, ragged_row(row, end), kRaggedRows, end);
+  }
+}
+
+template <typename Config, typename Element, Gathered kGathered>
+__device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Element>& operands, const Ring<Config>& ring) {
+  constexpr int kTmaBytes =
+      (kGathered == Gathered::kGrad ? 0 : Config::kABytes) + (kGathered == Gathered::kA ? 0 : Config::kBBytes);
+  if (kGathered == Gathered::kNone && threadIdx.x > 0) return;
+  WeightTiles<Config, Element> tiles(operands);
+  RingPosition<Config> position;
+  WeightTile tile;
+  while (tiles.next(tile)) {
+    constexpr bool kGradGathered = kGathered == Gathered::kGrad;
+    ColumnGather<Element> gather(operands, kGradGathered ? operands.n : operands.k, kGradGathered ? tile.row : tile.column, tile.begin,
+                                 kGathered == Gathered::kNone ? 0 : tile.end);
+    for (int row = tile.begin; row < tile.end; row += kDepth, position.advance()) {
+      barrier_wait(ring.empty(position.stage), position.phase ^ 1);
+      const uint32_t full = ring.full(position.stage);
+      if (threadIdx.x == 0) {
+        barrier_arrive_expect(full, kTmaBytes);
+        if (kGathered != Gathered::kGrad) {
+          load_ragged<Config::kRows / 64>(operands.ragged, ring.a(position.stage), full, tile.row, row, tile.end);
+        }
+        if (kGathered != Gathered::kA) {
+          const CUtensorMap& map = kGathered == Gathered::kNone ? operands.ragged_too : operands.ragged;
+          load_ragged<Config::kCols / 64>(map, ring.b(position.stage), full, tile.column, row, tile.end);
+        }
+      }
+      if constexpr (kGathered != Gathered::kNone) {
+        gather.load(kGradGathered ? ring.a(position.stage) : ring.b(position.stage));
+        cp_async_arrive(full);
+      }
+    }
+  }
+}
+
+// out[e] = outputs, in the weights' type; or, in fp32, out[e] += outputs. 64 rows x 128 bytes a piece.
+template <typename Element, bool kAccumulate>
+struct WeightStore {
+  static constexpr int kPieceColumns = kAccumulate ? 32 : 64;
+  CUtensorMap output;  // [E, n, k], boxes of 64 rows
+  void* output_data;
+
+  __device__ void zeros(const KGroupedOperands<Element>& operands, const WeightTile& tile, int row, int rows, int columns) const {
+    Element* expert = static_cast<Element*>(output_data) + static_cast<int64_t>(tile.expert) * operands.n * operands.k;
+    store_zeros(expert, operands.k, row, min(row + rows, operands.n), tile.column, min(tile.column + columns, operands.k));
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void finish(Stager& stager, const Consumer& consumer, const WeightTile& tile, int row, int width,
+                                         float (&outputs)[kCount]) const {
+#pragma unroll
+    for (int piece = 0; piece < 2 * kCount / kPieceColumns; ++piece) {
+      const int column = tile.column + piece * kPieceColumns;
+      if (column >= width) break;
+      auto store_piece = [&](uint32_t shared) {
+        if constexpr (kAccumulate) tma_add(output, shared, column, row, tile.expert);
+        else tma_store(output, shared, column, row, tile.expert);
+      };
+      if constexpr (kAccumulate) {
+        stager.store_fp32(outputs, piece * 16, store_piece);
+      } else {
+        stager.template store<Element>([&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
+                                       store_piece);
+      }
+    }
+  }
+};
+
+template <typename Config, typename Element, Gathered kGathered, bool kAccumulate>
+__device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Element>& operands,
+                                                     const WeightStore<Element, kAccumulate>& store, const Ring<Config>& ring,
+                                                     const Consumer& consumer) {
+  WeightTiles<Config, Element> tiles(operands);
+  RingPosition<Config> position;
+  Stager stager(consumer);
+  const int first_fragment = consumer.index * Config::kFragments;
+  WeightTile tile;
+  while (tiles.next(tile)) {
+    const int blocks = (tile.end - tile.begin + kDepth - 1) / kDepth;
+    const int first_row = tile.row + first_fragment * 64;
+    if (blocks == 0) {
+      if constexpr (!kAccumulate) store.zeros(operands, tile, first_row, Config::kFragments * 64, Config::kCols);
+      continue;
+    }
+    if (first_row >= operands.n) {
+      skip<Config>(ring, position, blocks, consumer.leads());
+      continue;
+    }
+    Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
+    multiply<Config, Element, false, false, kGathered != Gathered::kNone>(outputs, ring, position, blocks, first_fragment,
+                                                                          consumer.leads());
+#pragma unroll
+    for (int f = 0; f < Config::kFragments; ++f) {
+      const int row = first_row + f * 64;
+      if (row < operands.n) store.finish(stager, consumer, tile, row, operands.k, outputs[f]);
+    }
+  }
+  if (consumer.leads()) tma_wait_all();
+}
+
+template <typename Config>
+struct KGroupedShared {
+  static constexpr int kBarriers = Ring<Config>::kBytes + kConsumers * Stager::kBytes;
+  static constexpr int kBytes = kBarriers + Ring<Config>::kBarrierBytes;
+  static_assert(kBytes <= kMaxSharedBytes, "more than an SM has");
+};
+
+template <typename Config, typename Element, Gathered kGathered, bool kAccumulate>
+__global__ void __launch_bounds__(kThreads, 1)
+    k_grouped_kernel(const __grid_constant__ KGroupedOperands<Element> operands,
+                     const __grid_constant__ WeightStore<Element, kAccumulate> store) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
+  const Ring<Config> ring{base, base + KGroupedShared<Config>::kBarriers};
+  if (threadIdx.x == 0) {
+    ring.init(kGathered == Gathered::kNone ? 1 : 1 + 128);
+    barrier_init_fence();
+    prefetch_map(operands.ragged);
+    prefetch_map(store.output);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    give_registers<kGathered == Gathered::kNone ? 24 : 56>();
+    produce_weight_tiles<Config, Element, kGathered>(operands, ring);
+  } else {
+    take_registers<kGathered == Gathered::kNone ? 240 : 224>();
+    const int index = threadIdx.x / 128 - 1;
+    const Consumer consumer{index, base + Ring<Config>::kBytes + index * Stager::kBytes, 0};
+    consume_weight_tiles<Config, Element, kGathered, kAccumulate>(operands, store, ring, consumer);
+  }
+#endif
+}
+
+}  // namespace moe::sm90

@@ -1,0 +1,85 @@
+// Launchers of the two kernels of the sm_90a engine.
+#pragma once
+
+#include "../launch.h"
+#include "activate_backward.cuh"
+#include "k_grouped.cuh"
+#include "m_grouped.cuh"
+
+namespace moe::sm90 {
+
+// What a launcher is given: the operands of sm80::MGroupedOperands, as plain pointers.
+struct Product {
+  DType dtype;
+  const void* x;                  // [rows, k]
+  const int32_t* row_index;       // [S] or null
+  int row_divisor;                // K
+  const void* weights;            // [E, n, k] or [E, k, n]
+  const int32_t* expert_offsets;  // [E + 1]
+  int num_experts;
+  int num_rows;  // S
+  int n;         // of a gated product both halves
+  int k;
+};
+
+template <typename Config>
+struct SharedBytes {
+  static constexpr int kSharedBytes = Config::kBytes;
+};
+
+template <typename Config, bool kGathered, bool kWeightsKMajor, typename Element, typename Epilogue>
+void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
+  constexpr auto kKernel = m_grouped_kernel<Config, Element, kGathered, kWeightsKMajor, Epilogue>;
+  using Shared = MGroupedShared<Config, Epilogue>;
+  allow_shared_memory<SharedBytes<Shared>, kKernel>(name);
+  MGroupedOperands<Element> operands = {};
+  if (!kGathered) operands.rows = rows_map(product.dtype, product.x, product.num_rows, product.k, Config::kRows);
+  if (Epilogue::kGated) {
+    operands.weights = gated_experts_map(product.dtype, product.weights, product.num_experts, product.n / 2, product.k, Config::kCols / 2);
+  } else if (kWeightsKMajor) {
+    operands.weights = experts_map(product.dtype, product.weights, product.num_experts, product.n, product.k, Config::kCols);
+  } else {
+    operands.weights = experts_map(product.dtype, product.weights, product.num_experts, product.k, product.n, kDepth);
+  }
+  operands.x = static_cast<const Element*>(product.x);
+  operands.row_index = product.row_index;
+  operands.row_divisor = product.row_divisor;
+  operands.expert_offsets = product.expert_offsets;
+  operands.num_experts = product.num_experts;
+  operands.num_rows = product.num_rows;
+  operands.k = product.k;
+  const int64_t row_tiles = ceil_div(product.num_rows, Config::kRows) + std::min(product.num_experts, product.num_rows);
+  const int64_t tiles = row_tiles * ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
+  if (tiles >= int64_t{1} << 30) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
+  kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, epilogue);
+  check_launch(name);
+}
+
+template <Gathered kGathered, bool kAccumulate, typename Element>
+void launch_k_grouped(const WeightGradParams& params, cudaStream_t stream) {
+  using Config = std::conditional_t<kGathered == Gathered::kA, Cooperative256x128, Cooperative128x256>;
+  constexpr auto kKernel = k_grouped_kernel<Config, Element, kGathered, kAccumulate>;
+  using Shared = KGroupedShared<Config>;
+  allow_shared_memory<SharedBytes<Shared>, kKernel>("weight_grad");
+  KGroupedOperands<Element> operands = {};
+  const CUtensorMap grad = ragged_map(params.dtype, params.grad, params.n, params.n);
+  const CUtensorMap a = ragged_map(params.dtype, params.a, params.k, params.k);
+  operands.ragged = kGathered == Gathered::kGrad ? a : grad;
+  operands.ragged_too = a;
+  operands.gathered = static_cast<const Element*>(kGathered == Gathered::kGrad ? params.grad : params.a);
+  operands.row_index = kGathered == Gathered::kGrad ? params.grad_sorted_rows : params.a_sorted_rows;
+  operands.row_divisor = params.top_k;
+  operands.expert_offsets = params.expert_offsets;
+  operands.num_experts = params.num_experts;
+  operands.n = params.n;
+  operands.k = params.k;
+  const WeightStore<Element, kAccumulate> store{experts_map(kAccumulate ? DType::kFloat32 : params.dtype, params.output,
+                                                            params.num_experts, params.n, params.k, 64), params.output};
+  const int64_t tiles = params.num_experts * ceil_div(params.n, Config::kRows) * ceil_div(params.k, Config::kCols);
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
+  kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, store);
+  check_launch("weight_grad");
+}
+
+}  // namespace moe::sm90
