@@ -8,6 +8,7 @@
 // zeros, or, where the gradient is added to what is there, nothing.
 #pragma once
 
+#include "../../common/divisor.h"
 #include "epilogues.cuh"
 #include "pipeline.cuh"
 
@@ -19,7 +20,7 @@ struct KGroupedOperands {
   CUtensorMap ragged_too;         // the other one when nothing is gathered
   const Element* gathered;        // [T, width of the gathered side]
   const int32_t* row_index;       // [S]: row(r) = row_index[r] / row_divisor
-  int row_divisor;                // K
+  Divisor row_divisor;            // K
   const int32_t* expert_offsets;  // [E + 1]
   int num_experts;
   int n;
@@ -29,35 +30,45 @@ struct KGroupedOperands {
 enum class Gathered { kNone, kGrad, kA };
 
 // Copies 64 gathered rows x 128 columns a stage. Thread t copies 16-byte chunk t % 8 of both column chunks of rows t / 8 + 16 i. Row
-// numbers are read one stage ahead of their copies.
+// numbers are read one stage ahead of their copies. Columns behind the last one repeat others: such outputs are not stored.
 template <typename Element>
 class ColumnGather {
  public:
   __device__ ColumnGather(const KGroupedOperands<Element>& operands, int width, int column, int begin, int end)
       : operands_(operands), width_(width), end_(end), next_(begin + threadIdx.x / 8) {
     const int t = threadIdx.x;
-    column_ = column + t % 8 * 8;
+    const int first = min(column + t % 8 * 8, width - 8);
+    second_chunk_ = min(column + t % 8 * 8 + 64, width - 8) - first;
+    column_ = operands.gathered + first;
     shared_offset_ = t / 8 * 128 + ((t % 8 ^ t / 8 % 8) << 4);
     read_rows();
   }
-  __device__ void load(uint32_t stage) {
-    int rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = rows_[i];
-    read_rows();
+  // A stage may have fewer than 64 rows only as the last one.
+  __device__ void load(uint32_t stage, bool whole) {
+    const Element* from[4];
+    bool exists[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Element* from = operands_.gathered + static_cast<int64_t>(rows[i] < 0 ? 0 : rows[i] / operands_.row_divisor) * width_;
-#pragma unroll
-      for (int chunk = 0; chunk < 2; ++chunk) {
-        const int column = column_ + chunk * 64;
-        const bool valid = rows[i] >= 0 && column < width_;
-        cp_async_16(stage + chunk * kMnChunkBytes + shared_offset_ + i * 2048, valid ? from + column : operands_.gathered, valid);
-      }
+      exists[i] = rows_[i] >= 0;
+      from[i] = column_ + static_cast<int64_t>(operands_.row_divisor.divide(max(rows_[i], 0))) * width_;
     }
+    if (!whole) {
+      copy(stage, [&](uint32_t shared, const Element* source, int i) { cp_async_16(shared, source, exists[i]); }, from);
+      return;
+    }
+    read_rows();
+    copy(stage, [&](uint32_t shared, const Element* source, int) { cp_async_16(shared, source); }, from);
   }
 
  private:
+  template <typename Copy>
+  __device__ __forceinline__ void copy(uint32_t stage, Copy copy_16, const Element* (&from)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      copy_16(stage + shared_offset_ + i * 2048, from[i], i);
+      copy_16(stage + kMnChunkBytes + shared_offset_ + i * 2048, from[i] + second_chunk_, i);
+    }
+  }
   __device__ void read_rows() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -67,7 +78,8 @@ class ColumnGather {
     next_ += 64;
   }
   const KGroupedOperands<Element>& operands_;
-  int width_, end_, next_, column_;
+  const Element* column_;
+  int width_, end_, next_, second_chunk_;
   uint32_t shared_offset_;
   int rows_[4];
 };
@@ -138,7 +150,7 @@ __device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Elem
         }
       }
       if constexpr (kGathered != Gathered::kNone) {
-        gather.load(kGradGathered ? ring.a(position.stage) : ring.b(position.stage));
+        gather.load(kGradGathered ? ring.a(position.stage) : ring.b(position.stage), row + kDepth <= tile.end);
         cp_async_arrive(full);
       }
     }

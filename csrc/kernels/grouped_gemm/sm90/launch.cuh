@@ -43,7 +43,7 @@ void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStre
   }
   operands.x = static_cast<const Element*>(product.x);
   operands.row_index = product.row_index;
-  operands.row_divisor = product.row_divisor;
+  operands.row_divisor = Divisor(product.row_divisor);
   operands.expert_offsets = product.expert_offsets;
   operands.num_experts = product.num_experts;
   operands.num_rows = product.num_rows;
@@ -69,7 +69,7 @@ void launch_k_grouped(const WeightGradParams& params, cudaStream_t stream) {
   operands.ragged_too = a;
   operands.gathered = static_cast<const Element*>(kGathered == Gathered::kGrad ? params.grad : params.a);
   operands.row_index = kGathered == Gathered::kGrad ? params.grad_sorted_rows : params.a_sorted_rows;
-  operands.row_divisor = params.top_k;
+  operands.row_divisor = Divisor(params.top_k);
   operands.expert_offsets = params.expert_offsets;
   operands.num_experts = params.num_experts;
   operands.n = params.n;

@@ -6,6 +6,7 @@
 // gathered, by cp.async of its 128 threads. Two consumer warpgroups multiply and store.
 #pragma once
 
+#include "../../common/divisor.h"
 #include "../scheduler.cuh"
 #include "epilogues.cuh"
 #include "pipeline.cuh"
@@ -18,7 +19,7 @@ struct MGroupedOperands {
   CUtensorMap weights;            // [E, n, k] (gated: [E, 2, n / 2, k]) or [E, k, n]
   const Element* x;               // [rows, k] when gathered
   const int32_t* row_index;       // [S] when gathered: row(r) = row_index[r] / row_divisor
-  int row_divisor;                // K
+  Divisor row_divisor;            // K
   const int32_t* expert_offsets;  // [E + 1]
   int num_experts;
   int num_rows;  // S
@@ -32,36 +33,40 @@ struct MGroupedShared {
   static_assert(kBytes <= kMaxSharedBytes, "more than an SM has");
 };
 
-// Copies kRows gathered rows, 64 columns a stage. Thread t copies 16-byte chunk t % 8 of rows t / 8 + 16 i.
+// Copies kRows gathered rows, 64 columns a stage, stage after stage. Thread t copies 16-byte chunk t % 8 of rows t / 8 + 16 i. What
+// a tile has beyond its rows is not copied: products of different rows do not mix, and such outputs are not stored.
 template <typename Element, int kRows>
 class RowGather {
  public:
-  __device__ RowGather(const MGroupedOperands<Element>& operands, const Tile& tile) : operands_(operands) {
-    const int t = threadIdx.x;
-    column_ = t % 8 * 8;
+  __device__ RowGather(const MGroupedOperands<Element>& operands, const Tile& tile) {
+    const int t = threadIdx.x, rows = tile.row_end - tile.row_begin;
     shared_offset_ = t / 8 * 128 + ((t % 8 ^ t / 8 % 8) << 4);
+    depth_left_ = operands.k - t % 8 * 8;
+    passes_ = (rows + 15) / 16;
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i) {
-      const int row = tile.row_begin + t / 8 + 16 * i;
-      rows_[i] = row < tile.row_end ? __ldg(operands.row_index + row) / operands.row_divisor : -1;
+      const int row = tile.row_begin + min(t / 8 + 16 * i, rows - 1);
+      const int source = operands.row_divisor.divide(__ldg(operands.row_index + row));
+      from_[i] = operands.x + static_cast<int64_t>(source) * operands.k + t % 8 * 8;
     }
   }
-  __device__ void load(uint32_t stage, int depth) const {
-    const bool inside = depth + column_ < operands_.k;
-    const Element* column = operands_.x + depth + column_;
+  // A stage may have fewer than 64 columns only as the last one.
+  __device__ void load(uint32_t stage, bool whole) {
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i) {
-      const bool valid = inside && rows_[i] >= 0;
-      const Element* from = valid ? column + static_cast<int64_t>(rows_[i]) * operands_.k : operands_.x;
-      cp_async_16(stage + shared_offset_ + i * 2048, from, valid);
+      if (i < passes_) {
+        if (whole) cp_async_16(stage + shared_offset_ + i * 2048, from_[i]);
+        else cp_async_16(stage + shared_offset_ + i * 2048, depth_left_ > 0 ? from_[i] : from_[i] - kDepth, depth_left_ > 0);
+      }
+      from_[i] += kDepth;
     }
+    depth_left_ -= kDepth;
   }
 
  private:
-  const MGroupedOperands<Element>& operands_;
-  int column_;
   uint32_t shared_offset_;
-  int rows_[kRows / 16];  // -1: no such row
+  int depth_left_, passes_;
+  const Element* from_[kRows / 16];
 };
 
 // Loads the weights of one stage; called by one thread.
@@ -101,9 +106,9 @@ __device__ __forceinline__ void produce(const MGroupedOperands<Element>& operand
       }
     };
     if constexpr (kGathered) {
-      const RowGather<Element, Config::kRows> rows(operands, tile);
+      RowGather<Element, Config::kRows> rows(operands, tile);
       each_stage([&](uint32_t stage, uint32_t full, int depth) {
-        rows.load(stage, depth);
+        rows.load(stage, depth + kDepth <= operands.k);
         cp_async_arrive(full);
       });
     } else {

@@ -8,8 +8,11 @@
 
 namespace moe::sm90 {
 
+// The move keeps the compiler from working the address out anew wherever it is used.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  asm volatile("mov.u32 %0, %0;" : "+r"(address));
+  return address;
 }
 
 // ------------------------------------------------------------------------------------------------------ mbarrier
@@ -112,7 +115,12 @@ __device__ __forceinline__ void tma_wait_all() { asm volatile("cp.async.bulk.wai
 
 // ------------------------------------------------------------------------------------------------------ cp.async
 
-// 16 bytes from global to shared memory; where `valid` is false nothing is read and 16 zero bytes are written.
+// 16 bytes from global to shared memory.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// The same, but where `valid` is false nothing is read and 16 zero bytes are written. Costs a handful of instructions more.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
