@@ -34,47 +34,96 @@ def _gate(ops):
     return backward, setup_context
 
 
+def _save_experts(ctx, ops, inputs, output):
+    """Keeps what the backward of fused_experts wants; inputs: those of fused_experts or fused_experts_accumulate."""
+    hidden_states, gate_up_proj, down_proj, topk_weights, _, gate_up_bias, down_bias = inputs[:7]
+    ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, *output[1:])
+    ctx.set_materialize_grads(False)
+    # buffers are not saved for backward: other backward calls may add to them before this one
+    ctx.ops, ctx.activation, ctx.swiglu_limit, ctx.kept, *ctx.buffers = ops, *inputs[7:]
+
+
+def _gradients_of_experts(ctx, grad_output, needs):
+    """Six gradients, None where there is no need or what there is was added to a buffer."""
+    if grad_output is None:
+        return (None,) * 6
+    if not ctx.kept:
+        raise RuntimeError("fused_experts: a gradient wants keep_pre_activation=True in the forward call")
+    arguments = (grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.swiglu_limit, needs)
+    if not ctx.buffers:
+        grads = call(ctx.ops.fused_experts_backward, *arguments)
+        return [grad if need else None for grad, need in zip(grads, needs)]
+    if torch.is_grad_enabled():
+        raise NotImplementedError("fused_experts: a second derivative wants grad_buffers=None, because what is added "
+                                  "to a buffer is in no graph")
+    grads = call(ctx.ops.fused_experts_backward_accumulate, *ctx.buffers, *arguments)
+    added = (False, *(buffer is not None for buffer in ctx.buffers), False, False, False)
+    return [grad if need and not here else None for grad, need, here in zip(grads, needs, added)]
+
+
 def _fused_experts(ops):
-    return _formula_of_experts(ops, lambda ctx: ops.fused_experts_backward)
-
-
-def _fused_experts_accumulate(ops):
-    def backward_of(ctx):
-        if torch.is_grad_enabled():
-            raise NotImplementedError("fused_experts: a second derivative wants grad_buffers=None, because what is "
-                                      "added to a buffer is in no graph")
-        return lambda *args: ops.fused_experts_backward_accumulate(*ctx.buffers, *args)
-
-    return _formula_of_experts(ops, backward_of)
-
-
-def _formula_of_experts(ops, backward_of):
-    """The formula of fused_experts, with or without buffers; backward_of(ctx) gives the operator that it calls."""
-
     def setup_context(ctx, inputs, output):
-        hidden_states, gate_up_proj, down_proj, topk_weights, _, gate_up_bias, down_bias = inputs[:7]
-        ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias,
-                              *output[1:])
+        _save_experts(ctx, ops, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        # buffers are not saved for backward: other backward calls may add to them before this one
-        ctx.activation, ctx.swiglu_limit, ctx.kept, *ctx.buffers = inputs[7:]
 
     def backward(ctx, grad_output, *_):
-        unused = (None,) * (3 + len(ctx.buffers))  # activation, swiglu_limit, keep_pre_activation, buffers
-        if grad_output is None:
-            return (None,) * 7 + unused
-        if not ctx.kept:
-            raise RuntimeError("fused_experts: a gradient wants keep_pre_activation=True in the forward call")
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5, 6)]
-        grads = backward_of(ctx)(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.swiglu_limit, needs)
-        grads = [grad if need else None for grad, need in zip(grads, needs)]
-        for i, buffer in enumerate(ctx.buffers, start=1):
-            if buffer is not None:
-                grads[i] = None
-        return *grads[:4], None, *grads[4:], *unused
+        grads = _gradients_of_experts(ctx, grad_output, needs)
+        return *grads[:4], None, *grads[4:], *[None] * (3 + len(ctx.buffers))
 
     return backward, setup_context
+
+
+class _FusedExperts(torch.autograd.Function):
+    """The registered formula of fused_experts once more, for eager mode: there it takes half the time on the host.
+
+    record: a list, whose one entry is (ops, operator, inputs of the operator); the plan, which has no gradient and so
+    need not pass through autograd, is appended to it.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, record):
+        ops, operator, inputs = record[0]
+        with _below_autograd():
+            output = operator(*inputs)
+        _save_experts(ctx, ops, inputs, output)
+        record += output[2:]
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_gradients_of_experts(ctx, grad_output, list(ctx.needs_input_grad[:6])), None
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _is_plainly_eager():
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def call(operator, *arguments):
+    """The operator's results; past autograd, whose formulas in Python cost time, where no gradient is wanted."""
+    if _is_plainly_eager() and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+        with _below_autograd():
+            return operator(*arguments)
+    return operator(*arguments)
+
+
+def fused_experts(ops, inputs, grad_buffers):
+    """(output, expert_offsets, sorted_rows, row_of_slot) of the operator of ops.
+
+    inputs: those of fused_experts; the last says whether a gradient is wanted. grad_buffers: a pair or None.
+    """
+    operator, wanted = ops.fused_experts, inputs[-1]
+    if wanted and grad_buffers is not None:
+        operator, inputs = ops.fused_experts_accumulate, (*inputs, *grad_buffers)
+    if wanted and _is_plainly_eager():
+        record = [(ops, operator, inputs)]
+        output = _FusedExperts.apply(*inputs[:4], *inputs[5:7], record)
+        return output, *record[1:]
+    output, _, *plan = call(operator, *inputs)
+    return output, *plan
 
 
 def _grouped_mm(ops):
@@ -136,7 +185,7 @@ def _no_gradient(name):
     return backward, None
 
 
-FORMULAS = {"gate": _gate, "fused_experts": _fused_experts, "fused_experts_accumulate": _fused_experts_accumulate,
+FORMULAS = {"gate": _gate, "fused_experts": _fused_experts, "fused_experts_accumulate": _fused_experts,
             "grouped_mm": _grouped_mm, "combine": _combine, "permute": _permute}
 
 
@@ -146,7 +195,7 @@ def _refuse_gradient(operator):
     def call(*args):
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
             raise NotImplementedError(f"{operator} has no gradient: call it under torch.no_grad()")
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             return operator(*args)
 
     return call

@@ -124,6 +124,34 @@ def check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bia
         check_tensor("down_bias", down_bias, (("E", num_experts), ("H", hidden_size)), dtype, device)
 
 
+def experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, gate_up_bias, down_bias, activation):
+    """Whether `check_experts` and `check_topk` would pass, asked in 2 microseconds instead of 6.
+
+    False may also mean an argument that is only unusual: then those two decide, and say what is wrong.
+    """
+    try:
+        (num_tokens, hidden_size), (num_experts, width, _) = hidden_states.shape, gate_up_proj.shape
+        dtype, device, ids_shape = hidden_states.dtype, hidden_states.device, topk_ids.shape
+        intermediate_size = down_proj.shape[2]
+        return (
+            dtype in FLOAT_DTYPES and (hidden_states.is_cuda or hidden_states.is_cpu)
+            and num_experts > 0 and width == (2 * intermediate_size if is_gated(activation) else intermediate_size)
+            and gate_up_proj.shape == (num_experts, width, hidden_size)
+            and down_proj.shape == (num_experts, hidden_size, intermediate_size)
+            and ids_shape[0] == num_tokens and 0 < ids_shape[1] and num_tokens * ids_shape[1] <= MAX_ROWS
+            and len(ids_shape) == 2 and topk_ids.dtype in INDEX_DTYPES and topk_weights.shape == ids_shape
+            and topk_weights.dtype is torch.float32
+            and gate_up_proj.dtype is dtype and down_proj.dtype is dtype
+            and gate_up_proj.device == device and down_proj.device == device
+            and topk_weights.device == device and topk_ids.device == device
+            and (gate_up_bias is None or (gate_up_bias.shape == (num_experts, width) and gate_up_bias.dtype is dtype
+                                          and gate_up_bias.device == device))
+            and (down_bias is None or (down_bias.shape == (num_experts, hidden_size) and down_bias.dtype is dtype
+                                       and down_bias.device == device)))
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
 def check_grad_buffers(grad_buffers, gate_up_proj, down_proj):
     """A pair of buffers for the weight gradients, each None or fp32 (fp64 with fp64 weights) in its weight's shape."""
     if not isinstance(grad_buffers, (tuple, list)) or len(grad_buffers) != 2:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import autograd, checks, schemas  # noqa: F401  (autograd registers the formulas)
+from . import autograd, checks, schemas
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 MAX_GATE_EXPERTS, MAX_GATE_TOP_K = 1024, 32  # of the gate kernel, which keeps a token's scores in registers
@@ -63,29 +63,37 @@ def _lowest_capability():
     return min((int(number) for number in re.findall(r"\d+", text)), default=80)
 
 
-@torch.compiler.assume_constant_result
-def _kernels_run_on(device_index):
-    """Whether the compiled kernels serve this CUDA device."""
-    if schemas.compiled_module is None or os.environ.get("MOE_KERNELS_IMPLEMENTATION") == "composite":
+@functools.cache
+def _built_for(device_index):
+    """Whether the compiled module is there and has code for this CUDA device."""
+    if schemas.compiled_module is None:
         return False
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor >= _lowest_capability()
 
 
+@torch.compiler.assume_constant_result
+def _kernels_run_on(device_index):
+    """Whether the compiled kernels serve this CUDA device."""
+    return _built_for(device_index) and os.environ.get("MOE_KERNELS_IMPLEMENTATION") != "composite"
+
+
 def uses_kernels(x, dtypes=HALF_DTYPES):
     """Whether an operator on this tensor runs in the compiled CUDA kernels, which store the given dtypes."""
-    return x.device.type == "cuda" and x.dtype in dtypes and _kernels_run_on(x.device.index)
+    return x.is_cuda and x.dtype in dtypes and _kernels_run_on(x.device.index)
 
 
 def _namespace(x, dtypes=HALF_DTYPES):
     """The operators that serve this tensor."""
-    if x.device.type == "cuda" and not uses_kernels(x, dtypes):
+    if x.is_cuda and not uses_kernels(x, dtypes):
         return torch.ops.moe_kernels_composite
     return torch.ops.moe_kernels
 
 
 def _autocast(*tensors):
     """The tensors as autocast wants them: cast to its dtype where it is on; fp64 stays, as in torch's own operators."""
+    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+        return tensors
     device_type = next(x.device.type for x in tensors if isinstance(x, torch.Tensor))
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
@@ -146,9 +154,9 @@ def gate(router_logits, top_k, score_fn="sigmoid", correction_bias=None, num_exp
     if uses_kernels(router_logits, dtypes):
         checks.check_integer("the last size of router_logits", num_experts, 1, MAX_GATE_EXPERTS)
         checks.check_integer("top_k", top_k, 1, MAX_GATE_TOP_K)
-    return _namespace(router_logits, dtypes).gate(
-        router_logits.contiguous(), correction_bias, topk_ids, top_k, score_fn, num_expert_groups, topk_groups,
-        bool(renormalize), float(routed_scaling_factor))
+    return autograd.call(
+        _namespace(router_logits, dtypes).gate, router_logits.contiguous(), correction_bias, topk_ids, top_k, score_fn,
+        num_expert_groups, topk_groups, bool(renormalize), float(routed_scaling_factor))
 
 
 def make_plan(topk_ids, num_experts):
@@ -169,7 +177,8 @@ def make_plan(topk_ids, num_experts):
     checks.check_num_rows(*topk_ids.shape)
     if uses_kernels(topk_ids, checks.INDEX_DTYPES):
         checks.check_integer("num_experts", num_experts, 1, MAX_PLAN_EXPERTS)
-    return Plan(*_namespace(topk_ids, checks.INDEX_DTYPES).plan(_int32_ids(topk_ids), num_experts))
+    operator = _namespace(topk_ids, checks.INDEX_DTYPES).plan
+    return Plan(*autograd.call(operator, _int32_ids(topk_ids), num_experts))
 
 
 def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation="swiglu",
@@ -178,25 +187,28 @@ def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights,
     checks.check_activation(activation, swiglu_limit)
     hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
         hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)
-    checks.check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
-    checks.check_topk(topk_weights, topk_ids, hidden_states.shape[0], hidden_states.dtype, hidden_states.device)
+    if torch.compiler.is_compiling() or not checks.experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights,
+                                                               topk_ids, gate_up_bias, down_bias, activation):
+        checks.check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
+        checks.check_topk(topk_weights, topk_ids, hidden_states.shape[0], hidden_states.dtype, hidden_states.device)
     if grad_buffers is not None:
         checks.check_grad_buffers(grad_buffers, gate_up_proj, down_proj)
-    if uses_kernels(hidden_states):
+    kernels = uses_kernels(hidden_states)
+    if kernels:
         checks.check_integer("the first size of gate_up_proj", gate_up_proj.shape[0], 1, MAX_PLAN_EXPERTS)
         checks.check_multiple_of_8("H, the last size of hidden_states,", hidden_states.shape[1])
         checks.check_multiple_of_8("I, the last size of down_proj,", down_proj.shape[2])
-    tensors = _contiguous(hidden_states, gate_up_proj, down_proj, topk_weights)
-    biases = _contiguous(gate_up_bias, down_bias)
-    swiglu_limit = None if swiglu_limit is None else float(swiglu_limit)
     # the pre-activation is stored for a backward alone
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, *biases))
-    arguments = (*tensors, _int32_ids(topk_ids), *biases, activation, swiglu_limit, keep)
-    ops = _namespace(hidden_states)
-    if keep and grad_buffers is not None:
-        output, _, *plan = ops.fused_experts_accumulate(*arguments, *grad_buffers)
-    else:
-        output, _, *plan = ops.fused_experts(*arguments)
+    keep = torch.is_grad_enabled() and (
+        hidden_states.requires_grad or gate_up_proj.requires_grad or down_proj.requires_grad
+        or topk_weights.requires_grad or (gate_up_bias is not None and gate_up_bias.requires_grad)
+        or (down_bias is not None and down_bias.requires_grad))
+    ops = torch.ops.moe_kernels_composite if hidden_states.is_cuda and not kernels else torch.ops.moe_kernels
+    output, *plan = autograd.fused_experts(ops, (
+        hidden_states.contiguous(), gate_up_proj.contiguous(), down_proj.contiguous(), topk_weights.contiguous(),
+        _int32_ids(topk_ids), None if gate_up_bias is None else gate_up_bias.contiguous(),
+        None if down_bias is None else down_bias.contiguous(), activation,
+        None if swiglu_limit is None else float(swiglu_limit), keep), grad_buffers)
     return output, Plan(*plan)
 
 
@@ -252,8 +264,8 @@ def permute(hidden_states, plan):
     checks.check_tensor("hidden_states", hidden_states, shape, checks.FLOAT_DTYPES)
     if uses_kernels(hidden_states):
         checks.check_multiple_of_8("H, the last size of hidden_states,", hidden_states.shape[1])
-    ops = _namespace(hidden_states)
-    return ops.permute(hidden_states.contiguous(), plan.sorted_rows.contiguous(), plan.top_k)
+    operator = _namespace(hidden_states).permute
+    return autograd.call(operator, hidden_states.contiguous(), plan.sorted_rows.contiguous(), plan.top_k)
 
 
 def unpermute(rows, plan, topk_weights=None):
@@ -276,7 +288,7 @@ def unpermute(rows, plan, topk_weights=None):
         checks.check_topk(topk_weights, plan.row_of_slot, plan.row_of_slot.shape[0], rows.dtype, rows.device)
     if uses_kernels(rows):
         checks.check_multiple_of_8("H, the last size of rows,", rows.shape[1])
-    return _namespace(rows).combine(*_contiguous(rows, topk_weights, plan.row_of_slot))
+    return autograd.call(_namespace(rows).combine, *_contiguous(rows, topk_weights, plan.row_of_slot))
 
 
 def grouped_mm(a, b, expert_offsets, bias=None):
@@ -302,4 +314,4 @@ def grouped_mm(a, b, expert_offsets, bias=None):
         checks.check_multiple_of_8("k, the last size of a,", a.shape[1])
         checks.check_multiple_of_8("n, the middle size of b,", columns)
     a, b, bias, offsets = _contiguous(a, b, bias, expert_offsets.to(torch.int32))
-    return _namespace(a).grouped_mm(a, b, bias, offsets, True)
+    return autograd.call(_namespace(a).grouped_mm, a, b, bias, offsets, True)
