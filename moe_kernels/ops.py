@@ -291,7 +291,7 @@ def unpermute(rows, plan, topk_weights=None):
     return autograd.call(_namespace(rows).combine, *_contiguous(rows, topk_weights, plan.row_of_slot))
 
 
-def grouped_mm(a, b, expert_offsets, bias=None):
+def grouped_mm(a, b, expert_offsets, bias=None, transpose_b=True):
     """One product an expert: c[r] = a[r] @ b[e].T (+ bias[e]) for the rows r of expert e, as `down_proj` does it.
 
     Args:
@@ -299,19 +299,22 @@ def grouped_mm(a, b, expert_offsets, bias=None):
         b: [E, n, k] in the dtype of a; differentiable. The kernels want n and k to be multiples of 8.
         expert_offsets: [E+1] int32 or int64, ascending, on the device of a; rows behind the last offset give zeros.
         bias: [E, n] in the dtype of a, or None; differentiable.
+        transpose_b: False takes b as [E, k, n] and does not transpose it: c[r] = a[r] @ b[e].
     Returns: [S, n] in the dtype of a (autocast's under autocast); accumulated in fp32.
     Raises: ValueError, TypeError on an argument that is not as above.
     """
     a, b, bias = _autocast(a, b, bias)
     checks.check_tensor("a", a, (("S", None), ("k", None)), checks.FLOAT_DTYPES)
-    checks.check_tensor("b", b, (("E", None), ("n", None), ("k", a.shape[1])), (a.dtype,), a.device)
-    num_experts, columns, _ = b.shape
+    inner, outer = ("k", a.shape[1]), ("n", None)
+    checks.check_tensor("b", b, (("E", None), *((outer, inner) if transpose_b else (inner, outer))), (a.dtype,),
+                        a.device)
+    num_experts, columns = b.shape[0], b.shape[1 if transpose_b else 2]
     checks.check_tensor("expert_offsets", expert_offsets, (("E+1", num_experts + 1),), checks.INDEX_DTYPES, a.device)
     if bias is not None:
         checks.check_tensor("bias", bias, (("E", num_experts), ("n", columns)), (a.dtype,), a.device)
     checks.check_num_rows(a.shape[0], 1)
     if uses_kernels(a):
         checks.check_multiple_of_8("k, the last size of a,", a.shape[1])
-        checks.check_multiple_of_8("n, the middle size of b,", columns)
+        checks.check_multiple_of_8(f"n, the {'middle' if transpose_b else 'last'} size of b,", columns)
     a, b, bias, offsets = _contiguous(a, b, bias, expert_offsets.to(torch.int32))
-    return autograd.call(_namespace(a).grouped_mm, a, b, bias, offsets, True)
+    return autograd.call(_namespace(a).grouped_mm, a, b, bias, offsets, bool(transpose_b))

@@ -58,16 +58,17 @@ def test_down_proj_of_a_case(case, device, dtype, run_twice):
 
 
 @pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)
+@pytest.mark.parametrize("transpose_b", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=size_id)
-def test_gradients(size, device, dtype, run_twice):
-    a, b, bias, offsets, offsets_on_device = operands(size, device, dtype, True)
+def test_gradients(size, transpose_b, device, dtype, run_twice):
+    a, b, bias, offsets, offsets_on_device = operands(size, device, dtype, transpose_b)
     a[offsets[-1] :] = 0
     leaves = [x.requires_grad_() for x in (a, b, bias)]
-    c = mk.grouped_mm(a, b, offsets_on_device, bias)
+    c = mk.grouped_mm(a, b, offsets_on_device, bias, transpose_b)
     grad = torch.randn(c.shape, generator=torch.Generator().manual_seed(9)).to(device, dtype)
     outs = run_twice(lambda: torch.autograd.grad(c, leaves, grad, retain_graph=True))
     references = [oracle.to64(x).requires_grad_() for x in (a, b, bias)]
-    ref = oracle.grouped_mm(references[0], references[1], offsets, references[2])
+    ref = oracle.grouped_mm(references[0], references[1], offsets, references[2], transpose_b)
     refs = torch.autograd.grad(ref, references, oracle.to64(grad))
     for name, out, expected in zip(("a", "b", "bias"), outs, refs):
         assert out.dtype == dtype

@@ -283,6 +283,8 @@ ERRORS = {
     "unpermute_weights": (lambda: mk.unpermute(torch.zeros(12, 8), PLAN, X.topk_weights[:3]), ValueError, "T=6"),
     "grouped_a": (lambda: mk.grouped_mm(X.down_proj, X.down_proj, PLAN[0]), ValueError, r"a wants shape \[S, k\]"),
     "grouped_b": (lambda: mk.grouped_mm(torch.zeros(12, 9), X.down_proj, PLAN[0]), ValueError, "b wants.*k=9"),
+    "grouped_b_untransposed": (lambda: mk.grouped_mm(torch.zeros(12, 9), X.down_proj, PLAN[0], transpose_b=False),
+                               ValueError, r"b wants shape \[E, k=9, n\]"),
     "grouped_offsets": (lambda: mk.grouped_mm(torch.zeros(12, 8), X.down_proj, PLAN[0][1:]), ValueError, "E.1=5"),
     "grouped_bias": (lambda: mk.grouped_mm(torch.zeros(12, 8), X.down_proj, PLAN[0], X.gate_up_bias[:, :3]), ValueError,
                      "bias.*n=16"),
