@@ -1,0 +1,238 @@
+"""The backend "moe_kernels" of transformers' experts interface, which its MoE models call in place of their own loop.
+
+An experts module of transformers says how its weights lie (has_gate, has_bias, is_transposed, is_concatenated,
+has_post_expert_norm) and holds its activation as `act_fn` and `_apply_gate`. `plan_of` decides how it is served:
+
+    fused      one call of `fused_experts`: weights [E, 2I, H] and [E, H, I], and an activation that the kernels know
+    unfused    make_plan -> permute -> grouped_mm -> the module's own activation -> grouped_mm -> unpermute
+
+An activation is known by its code, never by its name alone: a module's `_apply_gate` must have the bytecode of one of
+the forms below. Weights are used as they lie in either case, without a copy.
+"""
+
+import dis
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+
+NAME = "moe_kernels"
+
+
+# ------------------------------------------------------------------------------------- known forms of _apply_gate
+
+
+def _plain(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
+def _widened(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (self.act_fn(gate.float()) * up.float()).to(gate.dtype)
+
+
+def _clamped(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) * up
+
+
+def _clamped_silu(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(min=None, max=self.swiglu_limit)
+    up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+    return F.silu(gate) * up
+
+
+# form: (whether it calls act_fn, the attribute that holds its limit)
+FORMS = {_plain: (True, None), _widened: (True, None), _clamped: (True, "limit"), _clamped_silu: (False, "swiglu_limit")}
+
+
+def _instructions(function):
+    """What the bytecode does: names and constants by value, local variables by place, globals by what they are."""
+    steps = []
+    for step in dis.get_instructions(function):
+        value = step.argval
+        if "FAST" in step.opname:
+            value = step.arg
+        elif step.opname == "LOAD_GLOBAL":
+            value = (step.argval, function.__globals__.get(step.argval))
+        steps.append((step.opname, value))
+    return steps
+
+
+@functools.cache
+def _form_of_function(function):
+    if not inspect.isfunction(function) or function.__closure__:
+        return None
+    code = _instructions(function)
+    return next((form for form in FORMS if _instructions(form) == code), None)
+
+
+@torch.compiler.assume_constant_result
+def _form_of(module_class):
+    """(whether it calls act_fn, the attribute of its limit) of the class's `_apply_gate`, or None for an unknown one."""
+    return FORMS.get(_form_of_function(module_class._apply_gate))
+
+
+@torch.compiler.assume_constant_result
+def _activation_classes():
+    """The classes that compute each scalar function, exactly these and no subclass."""
+    from transformers import activations
+
+    return {
+        "silu": (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)),
+        "gelu": (activations.GELUActivation,),
+        "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
+        "relu": (nn.ReLU,),
+        "relu2": (activations.ReLUSquaredActivation,),
+    }
+
+
+_FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+_UNGATED = {"silu": "silu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
+
+
+@torch.compiler.assume_constant_result
+def _name_of_class(activation_class):
+    if activation_class is nn.GELU:
+        return None  # its approximation is a setting of the instance
+    return next((name for name, classes in _activation_classes().items() if activation_class in classes), None)
+
+
+def _scalar_name(act_fn):
+    """silu, gelu, gelu_tanh, relu, relu2, or None for what is none of them."""
+    if isinstance(act_fn, nn.Module):
+        if type(act_fn) is nn.GELU:
+            return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
+        return _name_of_class(type(act_fn))
+    for function, name in _FUNCTIONS.items():
+        if act_fn is function:
+            return name
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- how it is served
+
+
+def _called(act_fn):
+    return type(act_fn).__name__ if isinstance(act_fn, nn.Module) else getattr(act_fn, "__name__", str(act_fn))
+
+
+def _activation_of(module):
+    """({"activation", "swiglu_limit"} as `fused_experts` takes them, None), or (None, why it is not known)."""
+    if not module.has_gate:
+        name = _UNGATED.get(_scalar_name(module.act_fn))
+        return ({"activation": name}, None) if name else (None, f"activation {_called(module.act_fn)}")
+    form = None if "_apply_gate" in module.__dict__ else _form_of(type(module))
+    if form is None:
+        return None, "an _apply_gate of its own"
+    calls_act_fn, limit_name = form
+    scalar = _scalar_name(module.act_fn) if calls_act_fn else "silu"
+    name = _GATED.get(scalar)
+    if name is None:
+        return None, f"activation {_called(module.act_fn)}"
+    if limit_name is None:
+        return {"activation": name}, None
+    limit = getattr(module, limit_name)
+    if name != "swiglu" or not isinstance(limit, (int, float)) or not limit > 0:
+        return None, f"a limit of {limit} on {name}"
+    return {"activation": name, "swiglu_limit": float(limit)}, None
+
+
+def plan_of(module):
+    """How an experts module of transformers is served.
+
+    Returns: ("fused", the options of `fused_experts` for it) or ("unfused", the reasons in words).
+    """
+    reasons = []
+    if module.is_transposed:
+        reasons.append("transposed weights")
+    if module.has_gate and not module.is_concatenated:
+        reasons.append("interleaved gate and up")
+    options, unknown = _activation_of(module)
+    if unknown:
+        reasons.append(unknown)
+    if module.has_post_expert_norm:
+        reasons.append("a norm after each expert")
+    return ("unfused", ", ".join(reasons)) if reasons else ("fused", options)
+
+
+# ---------------------------------------------------------------------------------------------------- the forward
+
+
+def _local(tensor):
+    """The part of a DTensor that is on this rank; what is no DTensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def weights_of(module):
+    """(gate_up_proj or up_proj, down_proj, their biases or None, None) of an experts module."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    biases = (_local(getattr(module, f"{up}_bias")), _local(module.down_proj_bias)) if module.has_bias else (None, None)
+    return _local(getattr(module, up)), _local(module.down_proj), *biases
+
+
+def experts_forward(module, hidden_states, top_k_index, top_k_weights):
+    """The forward of an experts module, as transformers' interface calls it.
+
+    Args:
+        module: an experts module with the attributes of `use_experts_implementation`.
+        hidden_states: [T, H]; cast to the dtype of the weights.
+        top_k_index: [T, K] int32 or int64; an id outside [0, E), a sentinel of expert parallelism, contributes nothing.
+        top_k_weights: [T, K] of any floating dtype; multiplied in fp32.
+    Returns: [T, H] in the dtype of hidden_states.
+    Raises: ValueError, TypeError of `fused_experts` or `grouped_mm` on what they do not take.
+    """
+    up, down, up_bias, down_bias = weights_of(module)
+    x = hidden_states.to(up.dtype)
+    weights = top_k_weights if x.dtype == top_k_weights.dtype == torch.float64 else top_k_weights.float()
+    route, detail = plan_of(module)
+    if route == "fused":
+        output = ops.fused_experts(x, up, down, weights, top_k_index, gate_up_bias=up_bias, down_bias=down_bias,
+                                   **detail)
+        return output.to(hidden_states.dtype)
+    plan = ops.make_plan(top_k_index, up.shape[0])
+    transpose_b = not module.is_transposed
+    rows = ops.grouped_mm(ops.permute(x, plan), up, plan.expert_offsets, up_bias, transpose_b)
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    rows = ops.grouped_mm(rows, down, plan.expert_offsets, down_bias, transpose_b)
+    if module.has_post_expert_norm:
+        rows = module.post_expert_norm(rows)
+    return ops.unpermute(rows, plan, weights).to(hidden_states.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ registration
+
+
+def experts_interface():
+    """transformers' ALL_EXPERTS_FUNCTIONS; ImportError in one line where it is missing or too old."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("moe_kernels.hf wants transformers 5.0 or newer, which is not installed: "
+                          "pip install 'transformers>=5.0'") from error
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(f"moe_kernels.hf wants transformers 5.0 or newer, got {transformers.__version__}, which has "
+                          "no experts interface: pip install -U 'transformers>=5.0'") from error
+    return ALL_EXPERTS_FUNCTIONS
+
+
+def register():
+    """Adds the backend "moe_kernels" to transformers.
+
+    After it `from_pretrained(..., experts_implementation="moe_kernels")` and
+    `model.set_experts_implementation("moe_kernels")` work for every model with `use_experts_implementation`.
+
+    Raises: ImportError where transformers is missing, or older than its experts interface (5.0).
+    """
+    experts_interface().register(NAME, experts_forward)
