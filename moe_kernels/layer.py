@@ -190,6 +190,11 @@ class MLP(nn.Module):
         return self.down_proj(activate(pre, self.activation, self.swiglu_limit))
 
 
+def _is_exporting():
+    # while it compiles, torch 2.11 says that it exports
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 class MoE(nn.Module):
     """A mixture-of-experts layer: y = sum over the K chosen experts of weight * expert(x), + shared_experts(x).
 
@@ -251,7 +256,7 @@ class MoE(nn.Module):
     def _observe(self, shape, router_logits, topk_ids, plan):
         """Counts the loads, and computes the sequence-wise loss where it is asked for."""
         torch.ops.moe_kernels.count_loads(self.tokens_per_expert, plan.expert_offsets)
-        if self.sequence_balance_alpha > 0 and not torch.compiler.is_exporting():  # a program has no such attribute
+        if self.sequence_balance_alpha > 0 and not _is_exporting():  # a program has no such attribute
             scores = composite.scores_of(router_logits, self.gate.score_fn)
             sequences = (*shape[:-1],) if len(shape) > 1 else (1,)
             loss = balance.sequence_balance_loss(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 
-from . import ops
+from . import checks, ops
 from .layer import Experts, MoE
 
 if not torch.distributed.is_available():
@@ -92,11 +92,23 @@ class DistributedExperts(Experts):
         num_ranks, num_local = counts.shape
         experts = torch.arange(num_local, dtype=torch.int32, device=rows.device).repeat(num_ranks)
         topk_ids = experts.repeat_interleave(counts.flatten(), output_size=rows.shape[0]).unsqueeze(1)
-        weights = [None if p is None else p.to_local() for p in (self.gate_up_proj, self.down_proj,
-                                                                 self.gate_up_proj_bias, self.down_proj_bias)]
         ones = torch.ones_like(topk_ids, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        return ops.fused_experts(rows, *weights[:2], ones, topk_ids, self.activation, self.swiglu_limit, *weights[2:],
-                                 self.grad_buffers)
+        gate_up_proj, down_proj, gate_up_bias, down_bias = (
+            None if p is None else p.to_local() for p in (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias,
+                                                          self.down_proj_bias))
+        if self.grad_buffers is not None:
+            checks.check_grad_buffers(self.grad_buffers, gate_up_proj, down_proj)
+            gate_up_proj, down_proj = map(_leaf_where_buffered, (gate_up_proj, down_proj), self.grad_buffers)
+        return ops.fused_experts(rows, gate_up_proj, down_proj, ones, topk_ids, self.activation, self.swiglu_limit,
+                                 gate_up_bias, down_bias, self.grad_buffers)
+
+
+def _leaf_where_buffered(weight, buffer):
+    """The weight, cut off from its parameter where its gradient goes to a buffer.
+
+    Torch 2.11 would otherwise make zeros of the gradient that the parameter does not get.
+    """
+    return weight if buffer is None else weight.detach().requires_grad_(weight.requires_grad)
 
 
 def _exchange_counts(plan, group):

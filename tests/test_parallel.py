@@ -133,6 +133,9 @@ def check_options(rank, size, mesh):
     parallel.experts.grad_buffers = [torch.zeros_like(w.to_local(), requires_grad=False) for w in weights]
     for _ in range(2):
         parallel(x).square().sum().backward()
+    twin.experts.grad_buffers = parallel.experts.grad_buffers[:1]
+    with pytest.raises(TypeError, match="grad_buffers wants a pair"):
+        twin(x)
     for name, buffer, weight in zip(("gate_up_proj", "down_proj"), parallel.experts.grad_buffers, weights):
         assert weight.grad is None
         first = rank * (E // size)
