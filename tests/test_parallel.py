@@ -1,9 +1,12 @@
-"""Expert parallelism and FSDP on gloo ranks, each equal to one rank that has all experts and all tokens.
+"""Expert parallelism and FSDP on ranks, each equal to one rank that has all experts and all tokens.
+
+Gloo ranks on the CPU; NCCL too where there are two GPUs. What a rank makes is on its default device.
 
 A spawn costs seconds, so each has several checks; a failed one shows its rank's traceback.
 """
 
 import copy
+import functools
 import os
 
 import pytest
@@ -39,9 +42,18 @@ def make_layer(dtype=torch.float64, **options):
 
 def tokens(rank, num_tokens=None, dtype=torch.float64):
     """What rank works on: every rank can make every other's."""
-    generator = torch.Generator().manual_seed(100 + rank)
     shape = (LOADS[rank] if num_tokens is None else num_tokens, H)
-    return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+    return draw(torch.randn, shape, 100 + rank, dtype=dtype).requires_grad_()
+
+
+def draw(function, shape, seed, **options):
+    """Random numbers, the same on every rank and device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return function(size=shape, generator=generator, device="cpu", **options).to(torch.get_default_device())
+
+
+def device_type():
+    return torch.get_default_device().type
 
 
 def full(x):
@@ -93,9 +105,9 @@ def check_experts(rank, size, mesh):
     """Sentinels, all rows on one expert, no rows at all, int64 ids; the gradient of the routing weights."""
     experts, parallel = make_layer(torch.float32).experts, make_layer(torch.float32).experts
     parallelize_module(parallel, mesh["ep"], ExpertParallel())
-    ids = torch.randint(E, (9, K), generator=torch.Generator().manual_seed(rank))
+    ids = draw(functools.partial(torch.randint, E), (9, K), rank)
     ids[0], ids[1, 1], ids[2, 0] = -1, E, 2**40
-    weights = torch.rand(9, K, generator=torch.Generator().manual_seed(10 + rank)) + 0.1
+    weights = draw(torch.rand, (9, K), 10 + rank) + 0.1
     one_expert = torch.full_like(ids, E - 1)
     for chosen in (ids, one_expert, torch.full_like(ids, -1), ids[:rank], ids.int()):
         results = []
@@ -143,7 +155,7 @@ def check_options(rank, size, mesh):
 
 
 def check_errors(rank, size, mesh):
-    wide = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "ep"))
+    wide = init_device_mesh(device_type(), (1, size), mesh_dim_names=("dp", "ep"))
     for module, on, error, message in (
         (nn.Linear(2, 2), mesh, TypeError, "wants moe_kernels.MoE or moe_kernels.Experts, got Linear"),
         (make_layer(), wide, ValueError, "wants a mesh of one dimension"),
@@ -203,7 +215,7 @@ def check_compile(rank, size, mesh):
 def check_two_dimensions(rank, size, mesh):
     """Experts spread over "ep" and sharded over "dp", all else sharded over all ranks: gradients and steps of SGD."""
     for data_parallel in {1, size // 2, size}:
-        both = init_device_mesh("cpu", (data_parallel, size // data_parallel), mesh_dim_names=("dp", "ep"))
+        both = init_device_mesh(device_type(), (data_parallel, size // data_parallel), mesh_dim_names=("dp", "ep"))
         layer, reference = make_layer(), make_layer()
         parallelize_module(layer, both["ep"], ExpertParallel())
         for module, over in ((layer.experts, both["dp"]), (layer, mesh)):
@@ -239,19 +251,35 @@ def balances_alike(layer, size):
     assert not layer.tokens_per_expert.any()
 
 
-def on_a_rank(rank, size, path, checks):
+def check_kernels(rank, size, mesh):
+    """In bf16, which the CUDA kernels serve where they are: as one rank, up to the order of a few roundings."""
+    layer = make_layer(torch.bfloat16)
+    parallel = parallelize_module(make_layer(torch.bfloat16), mesh["ep"], ExpertParallel())
+    steps = []
+    for module in (layer, parallel):
+        x = tokens(rank, 40 + rank, torch.bfloat16)
+        out = module(x)
+        steps.append((out, torch.autograd.grad(out.float().square().sum(), x)[0]))
+    for ref, got in zip(*steps):
+        assert got.dtype == torch.bfloat16 and (got - ref).norm() < 0.01 * ref.norm()
+
+
+def on_a_rank(rank, size, path, backend, checks):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("ep",))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+    dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=size)
+    mesh = init_device_mesh(device_type(), (size,), mesh_dim_names=("ep",))
     for check in checks:
         check(rank, size, mesh)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def spawn(size, path, *checks):
+def spawn(size, path, *checks, backend="gloo"):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(on_a_rank, args=(size, path / "store", checks), nprocs=size)
+    torch.multiprocessing.spawn(on_a_rank, args=(size, path / "store", backend, checks), nprocs=size)
 
 
 def test_two_ranks(tmp_path):
@@ -260,4 +288,9 @@ def test_two_ranks(tmp_path):
 
 
 def test_four_ranks(tmp_path):
-    spawn(4, tmp_path, check_layer, check_experts, check_two_dimensions)
+    spawn(4, tmp_path, check_layer, check_experts, check_kernels, check_two_dimensions)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+def test_two_gpus(tmp_path):
+    spawn(2, tmp_path, check_layer, check_experts, check_kernels, check_fsdp, check_two_dimensions, backend="nccl")
