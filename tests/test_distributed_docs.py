@@ -37,8 +37,13 @@ def run(command, folder, num_processes=1, **changes):
 
 
 def test_each_script_has_its_command():
-    assert list(SCRIPTS) == ["model.py", "train.py", "train_fsdp.py", "train_ep.py"]
+    assert list(SCRIPTS) == ["model.py", "train.py", "train_fsdp.py", "train_ep.py", "accumulate.py"]
     assert [re.search(r"\w+\.py", command).group() for command in COMMANDS] == list(SCRIPTS)[1:]
+
+
+def test_accumulating_learns(tmp_path):
+    first, _, last = run(COMMANDS[3], tmp_path)
+    assert last < first - 1e-3
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
