@@ -138,7 +138,7 @@ def results_of(model, ids):
 
 
 def relative_errors(results, reference):
-    """name -> |x - reference| / |reference| in the Euclidean norm; a gradient counts at least as 1e-5 of the largest."""
+    """name -> |x - reference| / |reference| in the Euclidean norm; a gradient counts as 1e-5 of the largest at least."""
     assert results.keys() == reference.keys()
     floor = 1e-5 * max(x.norm().item() for name, x in reference.items() if name != "output")
     return {name: (results[name] - x).norm().item() / max(x.norm().item(), floor) for name, x in reference.items()}
@@ -148,8 +148,11 @@ def relative_errors(results, reference):
 def recorded_routing(model):
     """Notes the (weights, ids) that each experts module gets, in the order of the calls."""
     routing = []
-    hooks = [module.register_forward_pre_hook(
-        lambda module, args: routing.append((args[2].detach().float(), args[1].detach()))) for module in experts_of(model)]
+
+    def note(module, args):
+        routing.append((args[2].detach().float(), args[1].detach()))
+
+    hooks = [module.register_forward_pre_hook(note) for module in experts_of(model)]
     yield routing
     for hook in hooks:
         hook.remove()

@@ -51,7 +51,8 @@ def _clamped_silu(self, gate_up):
 
 
 # form: (whether it calls act_fn, the attribute that holds its limit)
-FORMS = {_plain: (True, None), _widened: (True, None), _clamped: (True, "limit"), _clamped_silu: (False, "swiglu_limit")}
+FORMS = {_plain: (True, None), _widened: (True, None), _clamped: (True, "limit"),
+         _clamped_silu: (False, "swiglu_limit")}
 
 
 def _instructions(function):
@@ -77,34 +78,30 @@ def _form_of_function(function):
 
 @torch.compiler.assume_constant_result
 def _form_of(module_class):
-    """(whether it calls act_fn, the attribute of its limit) of the class's `_apply_gate`, or None for an unknown one."""
+    """The value in FORMS of the class's `_apply_gate`, or None for one that is not known."""
     return FORMS.get(_form_of_function(module_class._apply_gate))
 
 
-@torch.compiler.assume_constant_result
-def _activation_classes():
-    """The classes that compute each scalar function, exactly these and no subclass."""
-    from transformers import activations
-
-    return {
-        "silu": (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)),
-        "gelu": (activations.GELUActivation,),
-        "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
-        "relu": (nn.ReLU,),
-        "relu2": (activations.ReLUSquaredActivation,),
-    }
-
-
+# classes of torch.nn and transformers.activations; exactly these compute the function, a subclass may not
+_CLASSES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+            "PytorchGELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh", "ReLU": "relu",
+            "ReLUSquaredActivation": "relu2"}
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 _UNGATED = {"silu": "silu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
 
 
+@functools.cache
+def _names_of_classes():
+    from transformers import activations
+
+    found = {getattr(module, name, None): scalar for module in (nn, activations) for name, scalar in _CLASSES.items()}
+    return {key: scalar for key, scalar in found.items() if key is not None}
+
+
 @torch.compiler.assume_constant_result
 def _name_of_class(activation_class):
-    if activation_class is nn.GELU:
-        return None  # its approximation is a setting of the instance
-    return next((name for name, classes in _activation_classes().items() if activation_class in classes), None)
+    return _names_of_classes().get(activation_class)
 
 
 def _scalar_name(act_fn):

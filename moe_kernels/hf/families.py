@@ -99,9 +99,9 @@ def rows():
 
 def table():
     """The rows in Markdown, with the version of transformers and the counts above."""
+    found = rows()  # has checked that there is a transformers
     import transformers
 
-    found = rows()
     counts = ", ".join(f"{sum(row.route == route for row in found)} {route}"
                        for route in ("fused", "unfused", "not served"))
     lines = [f"transformers {transformers.__version__}: {counts}.", "",

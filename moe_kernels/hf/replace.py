@@ -1,4 +1,4 @@
-"""`replace_moe_layers`: routers and experts of a transformers model on our kernels, and `restore_moe_layers` to undo it.
+"""`replace_moe_layers`: routers and experts of a transformers model on our kernels; `restore_moe_layers` undoes it.
 
 A module is not replaced by another one: its class becomes a subclass of the one that it had, with our forward. So it is
 the same object with the same parameters, buffers, hooks and names, and what asks for its class (the collection of
@@ -164,8 +164,8 @@ def _difference(router, kind):
     """Why our router is not this one, in words, or None: both route 64 random tokens by random weights."""
     num_experts, hidden_size = router.weight.shape
     if num_experts > ops.MAX_GATE_EXPERTS or router.top_k > ops.MAX_GATE_TOP_K:
-        return (f"{num_experts} experts, {router.top_k} a token, and moe_kernels.gate serves {ops.MAX_GATE_EXPERTS} and "
-                f"{ops.MAX_GATE_TOP_K}")
+        return (f"{num_experts} experts, {router.top_k} a token, and moe_kernels.gate serves "
+                f"{ops.MAX_GATE_EXPERTS} and {ops.MAX_GATE_TOP_K}")
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         twin = _random_twin(router, generator)
