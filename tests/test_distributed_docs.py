@@ -42,8 +42,8 @@ def test_each_script_has_its_command():
 
 
 def test_accumulating_learns(tmp_path):
-    first, _, last = run(COMMANDS[3], tmp_path)
-    assert last < first - 1e-3
+    first, *_, last = run(COMMANDS[3], tmp_path)
+    assert last < 0.9 * first
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
