@@ -158,7 +158,7 @@ def _combine(ops):
         sorted_rows = invert_rows(row_of_slot, (-1,))
         grad_output = grad_output.contiguous()
         if topk_weights is None:
-            return ops.permute(grad_output, sorted_rows, row_of_slot.shape[1]), None, None
+            return ops.permute(grad_output, sorted_rows, row_of_slot), None, None
         return *ops.combine_backward(grad_output, rows, topk_weights, sorted_rows, row_of_slot), None
 
     return backward, setup_context
@@ -166,12 +166,10 @@ def _combine(ops):
 
 def _permute(ops):
     def setup_context(ctx, inputs, output):
-        _, sorted_rows, ctx.top_k = inputs
-        ctx.save_for_backward(sorted_rows)
+        ctx.save_for_backward(inputs[2])
 
     def backward(ctx, grad_rows):
-        (sorted_rows,) = ctx.saved_tensors
-        row_of_slot = invert_rows(sorted_rows, (-1, ctx.top_k))
+        (row_of_slot,) = ctx.saved_tensors
         return ops.combine(grad_rows.contiguous(), None, row_of_slot), None, None
 
     return backward, setup_context

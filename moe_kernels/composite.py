@@ -226,9 +226,9 @@ def up_proj(hidden_states, gate_up_proj, gate_up_bias, expert_offsets, sorted_ro
 # ---------------------------------------------------------------------------------------------------------- combine
 
 
-def permute(hidden_states, sorted_rows, top_k):
-    """rows[r] = hidden_states[sorted_rows[r] // K], [S, H]; zero where sorted_rows is -1."""
-    return _gather(hidden_states, sorted_rows, top_k)
+def permute(hidden_states, sorted_rows, row_of_slot):
+    """rows[r] = hidden_states[sorted_rows[r] // K], [S, H]; zero where sorted_rows is -1. row_of_slot [T, K]."""
+    return _gather(hidden_states, sorted_rows, row_of_slot.shape[1])
 
 
 def combine(rows, topk_weights, row_of_slot):

@@ -265,7 +265,8 @@ def permute(hidden_states, plan):
     if uses_kernels(hidden_states):
         checks.check_multiple_of_8("H, the last size of hidden_states,", hidden_states.shape[1])
     operator = _namespace(hidden_states).permute
-    return autograd.call(operator, hidden_states.contiguous(), plan.sorted_rows.contiguous(), plan.top_k)
+    return autograd.call(operator, hidden_states.contiguous(), plan.sorted_rows.contiguous(),
+                         plan.row_of_slot.contiguous())
 
 
 def unpermute(rows, plan, topk_weights=None):

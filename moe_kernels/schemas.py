@@ -51,7 +51,7 @@ SCHEMAS = {
     "combine": "(Tensor rows, Tensor? topk_weights, Tensor row_of_slot) -> Tensor",
     "combine_backward": "(Tensor grad_output, Tensor rows, Tensor topk_weights, Tensor sorted_rows,"
                         " Tensor row_of_slot) -> (Tensor grad_rows, Tensor grad_topk_weights)",
-    "permute": "(Tensor hidden_states, Tensor sorted_rows, int top_k) -> Tensor",
+    "permute": "(Tensor hidden_states, Tensor sorted_rows, Tensor row_of_slot) -> Tensor",
     "down_proj_backward": "(Tensor grad_output, Tensor topk_weights, Tensor down_proj, Tensor? down_bias,"
                           " Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot,"
                           " str activation, float? swiglu_limit)"
@@ -141,8 +141,8 @@ FAKES = {
     "combine": lambda rows, topk_weights, row_of_slot: rows.new_empty(row_of_slot.shape[0], rows.shape[1]),
     "combine_backward": lambda grad_output, rows, topk_weights, *rest: (torch.empty_like(rows),
                                                                          torch.empty_like(topk_weights)),
-    "permute": lambda hidden_states, sorted_rows, top_k: hidden_states.new_empty(sorted_rows.shape[0],
-                                                                                 hidden_states.shape[1]),
+    "permute": lambda hidden_states, sorted_rows, row_of_slot: hidden_states.new_empty(sorted_rows.shape[0],
+                                                                                       hidden_states.shape[1]),
     "down_proj_backward": _fake_down_proj_backward,
     "fused_experts": _fake_fused_experts,
     "fused_experts_accumulate": lambda *args: _fake_fused_experts(*args[:-2]),

@@ -52,7 +52,7 @@ def operator_arguments(case, device, dtype):
                       (x.grad_output, x.topk_weights, offsets, sorted_rows, top_k)],
         "combine": [(wide, x.topk_weights, row_of_slot), (wide, None, row_of_slot)],
         "combine_backward": [(x.grad_output, wide, x.topk_weights, sorted_rows, row_of_slot)],
-        "permute": [(x.hidden_states, sorted_rows, top_k)],
+        "permute": [(x.hidden_states, sorted_rows, row_of_slot)],
         "down_proj_backward": [(x.grad_output, x.topk_weights, x.down_proj, x.down_bias, pre, *plan, *activation)],
         "fused_experts": [(*whole, x.topk_ids, x.gate_up_bias, x.down_bias, *activation, True),
                           (*whole, x.topk_ids, None, None, "swiglu", None, False)],

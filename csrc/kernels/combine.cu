@@ -16,7 +16,8 @@
 // Deterministic: a sum over k is one lane's, k ascending; a dot product is a tree over columns that depends on H only.
 // Source: DeepSeek-V3 report, section 2.1.2, and its derivative.
 
-#include "common/error.h"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "common/rows.cuh"
 #include "params.h"
 
@@ -71,6 +72,8 @@ __device__ __forceinline__ void add_rows(const CombineParams& params, int k0, in
 
 template <typename T, typename Config>
 __global__ void __launch_bounds__(kWarps * kWarpSize, 4) combine_kernel(const CombineParams params, int chunks) {
+  wait_for_previous_kernels();
+  allow_next_kernel();
   const int lane = threadIdx.x % kWarpSize;
   const auto [token, chunk] = row_chunk_of_warp<kWarps>(blockIdx.x, threadIdx.x / kWarpSize, chunks);
   if (token >= params.num_tokens) return;
@@ -99,8 +102,7 @@ void launch_combine_as(const CombineParams& params, cudaStream_t stream) {
   const int vectors = params.hidden_size / kVectorSize;
   const int chunks = (vectors + Config::kColumns - 1) / Config::kColumns;
   const auto blocks = static_cast<unsigned>((params.num_tokens * chunks + kWarps - 1) / kWarps);
-  combine_kernel<T, Config><<<blocks, kWarps * kWarpSize, 0, stream>>>(params, chunks);
-  check_launch("combine");
+  launch_overlapped("combine", combine_kernel<T, Config>, blocks, kWarps * kWarpSize, 0, stream, params, chunks);
 }
 
 // ---------------------------------------------------------------------------------------------------- combine_backward

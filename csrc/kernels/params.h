@@ -93,8 +93,9 @@ struct CombineBackwardParams {
 struct PermuteParams {
   const void* hidden_states;   // [T, H] of dtype
   const int32_t* sorted_rows;  // [S]
+  const int32_t* row_of_slot;  // [T, K]
   void* rows;                  // [S, H] of dtype; rows without an expert become 0
-  int64_t num_rows;            // S
+  int64_t num_tokens;
   int hidden_size;
   int top_k;
   DType dtype;

@@ -73,21 +73,21 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_output, Tensor rows, Ten
   return {grad_rows, grad_topk_weights};
 }
 
-Tensor permute(Tensor hidden_states, Tensor sorted_rows, int64_t top_k) {
-  check(sorted_rows.dim() == 1, "sorted_rows must have shape [ S ]");
-  const int64_t num_rows = sorted_rows.size(0);
+Tensor permute(Tensor hidden_states, Tensor sorted_rows, Tensor row_of_slot) {
+  check_dim(row_of_slot, "row_of_slot", 2);
+  const int64_t num_tokens = row_of_slot.size(0), top_k = row_of_slot.size(1), num_rows = num_tokens * top_k;
   const ScalarType dtype = hidden_states.scalar_type();
   const int hidden_size = width_of(hidden_states, "hidden_states");
+  Tensor rows = new_empty(hidden_states, {num_rows, hidden_size}, dtype);
 
   PermuteParams params = {};
-  params.top_k = checked_top_k(top_k);
-  check(num_rows % top_k == 0, "sorted_rows must have T*", top_k, " rows, got ", num_rows);
-  Tensor rows = new_empty(hidden_states, {num_rows, hidden_size}, dtype);
-  params.hidden_states = checked_data(hidden_states, "hidden_states", dtype, {num_rows / top_k, hidden_size});
+  params.hidden_states = checked_data(hidden_states, "hidden_states", dtype, {num_tokens, hidden_size});
   params.sorted_rows = int_data(sorted_rows, "sorted_rows", {num_rows});
+  params.row_of_slot = int_data(row_of_slot, "row_of_slot", {num_tokens, top_k});
   params.rows = checked_data(rows, "rows", dtype, {num_rows, hidden_size});
-  params.num_rows = num_rows;
+  params.num_tokens = num_tokens;
   params.hidden_size = hidden_size;
+  params.top_k = checked_top_k(top_k);
   params.dtype = half_dtype_of(hidden_states, "hidden_states");
   const Launch launch(hidden_states);
   launch_permute(params, launch.stream());

@@ -30,7 +30,7 @@ Tensor combine(Tensor rows, OptionalTensor topk_weights, Tensor row_of_slot);
 std::tuple<Tensor, Tensor> combine_backward(Tensor grad_output, Tensor rows, Tensor topk_weights, Tensor sorted_rows,
                                             Tensor row_of_slot);
 
-Tensor permute(Tensor hidden_states, Tensor sorted_rows, int64_t top_k);
+Tensor permute(Tensor hidden_states, Tensor sorted_rows, Tensor row_of_slot);
 
 std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor topk_weights, Tensor down_proj,
                                                       OptionalTensor down_bias, Tensor pre_activation, Tensor expert_offsets,
