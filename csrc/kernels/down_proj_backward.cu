@@ -35,13 +35,13 @@ void down_proj_backward_sm80(const DownProjBackwardParams& params, cudaStream_t 
   sm80::launch_m_grouped<false>(operands, epilogue, stream, "down_proj_backward");
 }
 
-template <ActivationSet kSet, typename Element>
+template <typename Config, ActivationSet kSet, typename Element>
 void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t stream) {
   constexpr int kHalves = is_gated(kSet) ? 2 : 1;
   const int columns = params.intermediate_size;
   const Element* pre = static_cast<const Element*>(params.pre_activation);
   Element* grad_pre = static_cast<Element*>(params.grad_pre_activation);
-  sm90::ActivateBackwardEpilogue<Element, kSet> epilogue = {};
+  sm90::ActivateBackwardEpilogue<Element, kSet, Config::kCols / 64> epilogue = {};
   epilogue.gate = sm90::ragged_map(params.dtype, pre, columns, kHalves * columns);
   epilogue.grad_gate = sm90::ragged_map(params.dtype, grad_pre, columns, kHalves * columns);
   if (is_gated(kSet)) {
@@ -67,7 +67,16 @@ void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t 
                               static_cast<int>(params.num_rows),
                               columns,
                               params.hidden_size};
-  sm90::launch_m_grouped<sm90::PingPong128x128, true, false, Element>(product, epilogue, stream, "down_proj_backward");
+  sm90::launch_m_grouped<Config, true, false, Element>(product, epilogue, stream, "down_proj_backward");
+}
+
+template <ActivationSet kSet, typename Element>
+void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t stream) {
+  if (params.hidden_size >= sm90::kWideFromDepth) {
+    down_proj_backward_sm90<sm90::Wide128x256, kSet, Element>(params, stream);
+  } else {
+    down_proj_backward_sm90<sm90::PingPong128x128, kSet, Element>(params, stream);
+  }
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ void grouped_mm_sm80(const GroupedMmParams& params, cudaStream_t stream) {
 
 template <bool kTransposeB, typename Element>
 void grouped_mm_sm90(const GroupedMmParams& params, cudaStream_t stream) {
+  using Config = sm90::Cooperative128x256;
   const sm90::Product product{params.dtype,
                               params.a,
                               nullptr,
@@ -36,9 +37,9 @@ void grouped_mm_sm90(const GroupedMmParams& params, cudaStream_t stream) {
                               static_cast<int>(params.num_rows),
                               params.n,
                               params.k};
-  const sm90::StoreEpilogue<Element> epilogue{sm90::ragged_map(params.dtype, params.c, params.n, params.n),
+  const sm90::StoreEpilogue<Element, Config::kBuffers> epilogue{sm90::ragged_map(params.dtype, params.c, params.n, params.n),
                                               static_cast<Element*>(params.c), static_cast<const Element*>(params.bias), params.n};
-  sm90::launch_m_grouped<sm90::Cooperative128x256, false, kTransposeB, Element>(product, epilogue, stream, "grouped_mm");
+  sm90::launch_m_grouped<Config, false, kTransposeB, Element>(product, epilogue, stream, "grouped_mm");
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ void up_proj_sm90(const UpProjParams& params, cudaStream_t stream) {
   constexpr int kHalves = is_gated(kSet) ? 2 : 1;
   const int columns = params.intermediate_size;
   Element* pre = static_cast<Element*>(params.pre_activation);
-  sm90::ActivateEpilogue<Element, kSet> epilogue = {};
+  sm90::ActivateEpilogue<Element, kSet, sm90::Cooperative128x256::kBuffers> epilogue = {};
   epilogue.rows = sm90::ragged_map(params.dtype, params.rows, columns, columns);
   if (pre != nullptr) epilogue.gate = sm90::ragged_map(params.dtype, pre, columns, kHalves * columns);
   if (pre != nullptr && is_gated(kSet)) epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);

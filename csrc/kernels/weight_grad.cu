@@ -30,11 +30,11 @@ void weight_grad_sm80(const WeightGradParams& params, cudaStream_t stream) {
 template <typename Element>
 void weight_grad_sm90(const WeightGradParams& params, cudaStream_t stream) {
   if (params.grad_sorted_rows != nullptr) {
-    sm90::launch_k_grouped<sm90::Gathered::kGrad, false, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kGrad, false, Element>(params, stream);
   } else if (params.a_sorted_rows != nullptr) {
-    sm90::launch_k_grouped<sm90::Gathered::kA, false, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Cooperative256x128, sm90::Gathered::kA, false, Element>(params, stream);
   } else {
-    sm90::launch_k_grouped<sm90::Gathered::kNone, false, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kNone, false, Element>(params, stream);
   }
 }
 

@@ -8,7 +8,7 @@
 
 namespace moe::sm90 {
 
-template <typename Element, ActivationSet kSet>
+template <typename Element, ActivationSet kSet, int kPieces>
 struct ActivateBackwardEpilogue {
   static constexpr bool kGated = false;  // the tile itself has one kind of column
   static constexpr bool kGatedActivation = is_gated(kSet);
@@ -16,7 +16,7 @@ struct ActivateBackwardEpilogue {
   static constexpr int kSlotBytes = kHalves * kPieceBytes;
   static constexpr int kSharedBytes = 2 * kSlotBytes + kPieceBytes;
   static constexpr int kBarriers = 2;
-  static constexpr int kUnits = 4;  // 64 x 64 pieces of a consumer's 128 x 128 outputs
+  static constexpr int kUnits = 4;  // pieces of 64 x 64 of a consumer's part of a tile, kPieces beside each other
   CUtensorMap gate, up;            // ragged, the halves of pre_activation [S, kHalves * columns]
   CUtensorMap grad_gate, grad_up;  // ragged, of grad_pre_activation
   CUtensorMap weighted_rows;       // ragged, [S, columns]
@@ -49,22 +49,22 @@ struct ActivateBackwardEpilogue {
 
     template <int kCount>
     __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
-      static_assert(kCount == 64, "a fragment of 128 columns: two pieces");
+      static_assert(kCount == kPieces * 32, "kPieces x 64 columns a fragment");
       const int row = tile.row + fragment * 64;
       if (row >= tile.row_end) return;
       const float weights[2] = {weight(tile, row + consumer_.row()), weight(tile, row + consumer_.row() + 8)};
 #pragma unroll
-      for (int piece = 0; piece < 2; ++piece) {
-        const int unit = fragment * 2 + piece;
-        const uint32_t slot = consumer_.staging + piece * kSlotBytes;
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int unit = fragment * kPieces + piece;
+        const uint32_t slot = consumer_.staging + unit % 2 * kSlotBytes;
         if (consumer_.leads()) {
           tma_wait_read<0>();
           if (unit >= 1) load(tile, unit + 1);  // `begin` loaded units 0 and 1
         }
-        if (tile.column + piece * 64 >= epilogue_.columns) break;
+        if (tile.column + piece * 64 >= epilogue_.columns) continue;
         consumer_.sync();
-        barrier_wait(consumer_.barriers + piece * 8, phases_ >> piece & 1);
-        phases_ ^= 1u << piece;
+        barrier_wait(consumer_.barriers + unit % 2 * 8, phases_ >> unit % 2 & 1);
+        phases_ ^= 1u << unit % 2;
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
           float u[8], sums[2], first[2][2], second[2][2];
@@ -96,9 +96,9 @@ struct ActivateBackwardEpilogue {
       return __ldg(epilogue_.topk_weights + __ldg(epilogue_.sorted_rows + row));
     }
 
-    // Starts the loads of a unit, two a fragment, if there are such rows and columns.
+    // Starts the loads of a unit, if there are such rows and columns.
     __device__ void load(const ConsumerTile& tile, int unit) const {
-      const int row = tile.row + unit / 2 * 64, column = tile.column + unit % 2 * 64;
+      const int row = tile.row + unit / kPieces * 64, column = tile.column + unit % kPieces * 64;
       if (unit >= kUnits || row >= tile.row_end || column >= epilogue_.columns) return;
       const uint32_t slot = consumer_.staging + unit % 2 * kSlotBytes, barrier = consumer_.barriers + unit % 2 * 8;
       barrier_arrive_expect(barrier, kSlotBytes);

@@ -83,10 +83,11 @@ __device__ __forceinline__ void store_zeros(Element* data, int pitch, int row, i
   }
 }
 
-// Two pieces of shared memory in turn: one is filled while TMA reads the other.
+// Pieces of shared memory in turn: some are filled while TMA reads the others.
+template <int kBuffers>
 class Stager {
  public:
-  static constexpr int kBytes = 2 * kPieceBytes;
+  static constexpr int kBytes = kBuffers * kPieceBytes;
 
   __device__ explicit Stager(const Consumer& consumer) : consumer_(consumer) {}
 
@@ -94,7 +95,7 @@ class Stager {
   template <typename Element, typename ValuesOf, typename Store>
   __device__ __forceinline__ void store(ValuesOf values_of, Store store_piece) {
     const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
-    if (consumer_.leads()) tma_wait_read<1>();
+    if (consumer_.leads()) tma_wait_read<kBuffers - 1>();
     consumer_.sync();
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
@@ -111,7 +112,7 @@ class Stager {
   template <int kCount, typename Store>
   __device__ __forceinline__ void store_fp32(const float (&outputs)[kCount], int first, Store store_piece) {
     const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
-    if (consumer_.leads()) tma_wait_read<1>();
+    if (consumer_.leads()) tma_wait_read<kBuffers - 1>();
     consumer_.sync();
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // 8 columns i / 2; this thread's row, or the one 8 below
@@ -132,7 +133,7 @@ class Stager {
       store_piece(piece);
       tma_commit();
     }
-    turn_ ^= 1;
+    if (++turn_ == kBuffers) turn_ = 0;
   }
   const Consumer& consumer_;
   int turn_ = 0;
@@ -143,10 +144,10 @@ __device__ __forceinline__ void store_ragged(const CUtensorMap& map, uint32_t pi
 }
 
 // c[row] = outputs (+ bias[expert])
-template <typename Element>
+template <typename Element, int kBuffers>
 struct StoreEpilogue {
   static constexpr bool kGated = false;
-  static constexpr int kSharedBytes = Stager::kBytes;
+  static constexpr int kSharedBytes = Stager<kBuffers>::kBytes;
   static constexpr int kBarriers = 0;
   CUtensorMap output;   // ragged, [S, columns]
   Element* output_data;
@@ -184,15 +185,15 @@ struct StoreEpilogue {
    private:
     const StoreEpilogue& epilogue_;
     const Consumer& consumer_;
-    Stager stager_;
+    Stager<kBuffers> stager_;
   };
 };
 
 // rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
-template <typename Element, ActivationSet kSet>
+template <typename Element, ActivationSet kSet, int kBuffers>
 struct ActivateEpilogue {
   static constexpr bool kGated = is_gated(kSet);
-  static constexpr int kSharedBytes = Stager::kBytes;
+  static constexpr int kSharedBytes = Stager<kBuffers>::kBytes;
   static constexpr int kBarriers = 0;
   CUtensorMap rows;      // ragged, [S, columns]
   CUtensorMap gate, up;  // ragged, the halves of pre_activation; up only when gated
@@ -259,7 +260,7 @@ struct ActivateEpilogue {
 
     const ActivateEpilogue& epilogue_;
     const Consumer& consumer_;
-    Stager stager_;
+    Stager<kBuffers> stager_;
   };
 };
 

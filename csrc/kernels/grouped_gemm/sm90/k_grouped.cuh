@@ -169,8 +169,8 @@ struct WeightStore {
     store_zeros(expert, operands.k, row, min(row + rows, operands.n), tile.column, min(tile.column + columns, operands.k));
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void finish(Stager& stager, const Consumer& consumer, const WeightTile& tile, int row, int width,
+  template <int kBuffers, int kCount>
+  __device__ __forceinline__ void finish(Stager<kBuffers>& stager, const WeightTile& tile, int row, int width,
                                          float (&outputs)[kCount]) const {
 #pragma unroll
     for (int piece = 0; piece < 2 * kCount / kPieceColumns; ++piece) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
                                                      const Consumer& consumer) {
   WeightTiles<Config, Element> tiles(operands);
   RingPosition<Config> position;
-  Stager stager(consumer);
+  Stager<Config::kBuffers> stager(consumer);
   const int first_fragment = consumer.index * Config::kFragments;
   WeightTile tile;
   while (tiles.next(tile)) {
@@ -216,7 +216,7 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
 #pragma unroll
     for (int f = 0; f < Config::kFragments; ++f) {
       const int row = first_row + f * 64;
-      if (row < operands.n) store.finish(stager, consumer, tile, row, operands.k, outputs[f]);
+      if (row < operands.n) store.finish(stager, tile, row, operands.k, outputs[f]);
     }
   }
   if (consumer.leads()) tma_wait_all();
@@ -224,7 +224,7 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
 
 template <typename Config>
 struct KGroupedShared {
-  static constexpr int kBarriers = Ring<Config>::kBytes + kConsumers * Stager::kBytes;
+  static constexpr int kBarriers = Ring<Config>::kBytes + kConsumers * Stager<Config::kBuffers>::kBytes;
   static constexpr int kBytes = kBarriers + Ring<Config>::kBarrierBytes;
   static_assert(kBytes <= kMaxSharedBytes, "more than an SM has");
 };
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     take_registers<kGathered == Gathered::kNone ? 240 : 224>();
     const int index = threadIdx.x / 128 - 1;
-    const Consumer consumer{index, base + Ring<Config>::kBytes + index * Stager::kBytes, 0};
+    const Consumer consumer{index, base + Ring<Config>::kBytes + index * Stager<Config::kBuffers>::kBytes, 0};
     consume_weight_tiles<Config, Element, kGathered, kAccumulate>(operands, store, ring, consumer);
   }
 #endif

@@ -56,9 +56,8 @@ void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStre
   check_launch(name);
 }
 
-template <Gathered kGathered, bool kAccumulate, typename Element>
+template <typename Config, Gathered kGathered, bool kAccumulate, typename Element>
 void launch_k_grouped(const WeightGradParams& params, cudaStream_t stream) {
-  using Config = std::conditional_t<kGathered == Gathered::kA, Cooperative256x128, Cooperative128x256>;
   constexpr auto kKernel = k_grouped_kernel<Config, Element, kGathered, kAccumulate>;
   using Shared = KGroupedShared<Config>;
   allow_shared_memory<SharedBytes<Shared>, kKernel>("weight_grad");

@@ -131,18 +131,6 @@ __device__ __forceinline__ void produce(const MGroupedOperands<Element>& operand
   }
 }
 
-// Ping-pong: the tensor cores belong to one consumer at a time. Each waits for its turn before its products and gives the turn to
-// the other after them.
-template <typename Config>
-struct Turns {
-  __device__ static void wait(int consumer) {
-    if constexpr (Config::kPingPong) consumer == 0 ? named_barrier_sync<3, 256>() : named_barrier_sync<4, 256>();
-  }
-  __device__ static void give_to(int consumer) {
-    if constexpr (Config::kPingPong) consumer == 0 ? named_barrier_arrive<3, 256>() : named_barrier_arrive<4, 256>();
-  }
-};
-
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void consume(const MGroupedOperands<Element>& operands, const Epilogue& epilogue, const Ring<Config>& ring,
                                         const Consumer& consumer, int column_tiles) {
@@ -154,22 +142,21 @@ __device__ __forceinline__ void consume(const MGroupedOperands<Element>& operand
   typename Epilogue::Worker worker(epilogue, consumer);
   const int blocks = (operands.k + kDepth - 1) / kDepth;
   const int first_fragment = Config::kPingPong ? 0 : consumer.index * Config::kFragments;
-  if (Config::kPingPong && consumer.index == 1) {
-    position.advance(blocks);
-    Turns<Config>::give_to(0);
-  }
+  if (Config::kPingPong && consumer.index == 1) position.advance(blocks);
+  if (consumer.index == 1) Turns<Config>::give_to(0);
   Tile tile;
   while (scheduler.next(tile)) {
     const ConsumerTile mine{tile.row_begin + first_fragment * 64, tile.row_end, tile.column_tile * kOutputCols, tile.expert};
     const bool has_expert = tile.expert < operands.num_experts;
-    if (!has_expert || (!Config::kPingPong && mine.row >= mine.row_end)) {
-      if (has_expert) skip<Config>(ring, position, blocks, consumer.leads());
-      else epilogue.zeros(mine.row, min(mine.row + Config::kFragments * 64, mine.row_end), mine.column,
-                          min(mine.column + kOutputCols, epilogue.columns));
+    if (!has_expert) {
+      epilogue.zeros(mine.row, min(mine.row + Config::kFragments * 64, mine.row_end), mine.column,
+                     min(mine.column + kOutputCols, epilogue.columns));
       continue;
     }
     worker.begin(mine);
     Turns<Config>::wait(consumer.index);
+    // A warpgroup without rows multiplies all the same. Tiles that last equally long keep the blocks that share weights abreast, and
+    // only so do they share them in L2: with short tiles v4-pro-ep8 at T = 8192 took 4.05 ms instead of 2.59, fine-16 2.23 instead of 1.86.
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
     multiply<Config, Element, true, kKMajor, kGathered>(outputs, ring, position, blocks, first_fragment, consumer.leads());
     Turns<Config>::give_to(consumer.index ^ 1);

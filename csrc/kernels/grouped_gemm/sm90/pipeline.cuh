@@ -89,7 +89,7 @@ __device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Co
   if (leader) barrier_arrive(ring.empty(previous));
 }
 
-// What a cooperative consumer without rows does instead.
+// What a consumer does instead whose part of the tile lies outside the output.
 template <typename Config>
 __device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Config>& position, int blocks, bool leader) {
   for (int block = 0; block < blocks; ++block) {
@@ -98,5 +98,17 @@ __device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Conf
     position.advance();
   }
 }
+
+// Ping-pong: the tensor cores belong to one consumer at a time. Each waits for its turn before its products and gives the turn to
+// the other after them.
+template <typename Config>
+struct Turns {
+  __device__ static void wait(int consumer) {
+    if constexpr (Config::kPingPong) consumer == 0 ? named_barrier_sync<3, 256>() : named_barrier_sync<4, 256>();
+  }
+  __device__ static void give_to(int consumer) {
+    if constexpr (Config::kPingPong) consumer == 0 ? named_barrier_arrive<3, 256>() : named_barrier_arrive<4, 256>();
+  }
+};
 
 }  // namespace moe::sm90
