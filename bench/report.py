@@ -92,6 +92,22 @@ def _stage_table(results):
     return lines
 
 
+def _model_table(models):
+    """A Markdown table of the whole models: our backend, our layers, and how much faster they are."""
+    if not models:
+        return []
+    title = (f"Whole models of Hugging Face transformers, {models['shape']}, random weights, {models['num_tokens']} "
+             "tokens, called without CUDA graphs or compilation:")
+    lines = ["", title, "", "| pass | implementation | ms | times as fast as grouped_mm | as eager |",
+             "| --- | --- | ---: | ---: | ---: |"]
+    for pass_name, times in models["ms"].items():
+        for implementation, ms in times.items():
+            ratios = models["times_as_fast"][pass_name].get(implementation, {})
+            lines.append(f"| {pass_name} | {implementation} | {ms:.2f} | " + " | ".join(
+                f"{ratios[peer]:.2f}" if peer in ratios else "-" for peer in ("grouped_mm", "eager")) + " |")
+    return lines
+
+
 def card_section(content, name):
     """README's lines about one card."""
     limits, results = content["limits"], content["results"]
@@ -112,7 +128,7 @@ def card_section(content, name):
         for pass_name, title in TITLES.items():
             if rows_of(results, pass_name, dtype, routing):
                 lines += ["", f"{title}, {dtype}, {routing} routing:", "", *_table(results, pass_name, dtype, routing)]
-    lines += _stage_table(results)
+    lines += _stage_table(results) + _model_table(content.get("models"))
     if any(row["timing"] == "eager" and row["impl"] == PEER for row in results):
         lines += ["", "\\* called without a CUDA graph, which it could not be captured into."]
     return lines + ["", f"![{content['card']}](bench/results/{name}.png)"]

@@ -57,14 +57,15 @@ def write(path, content):
 
 
 def merge(previous, current):
-    """The rows of a run, and the rows that an earlier run on the same sources and card has beside them."""
+    """The rows and models of a run, and what an earlier run on the same sources and card has beside them."""
     same = (previous is not None and previous["source_hash"] == current["source_hash"]
             and previous["card"] == current["card"])
     if not same:
         return current
     measured = {tuple(row[name] for name in ROW_KEY) for row in current["results"]}
     kept = [row for row in previous["results"] if tuple(row[name] for name in ROW_KEY) not in measured]
-    return {**current, "tests": current["tests"] or previous.get("tests"), "results": kept + current["results"]}
+    other = {name: current.get(name) or previous.get(name) for name in ("tests", "models")}
+    return {**current, **other, "results": kept + current["results"]}
 
 
 def tests_from_text(text):

@@ -138,7 +138,7 @@ def results_of(model, ids):
 
 
 def relative_errors(results, reference):
-    """name -> |x - reference| / |reference| in the Euclidean norm; a gradient counts as 1e-5 of the largest at least."""
+    """name -> |x - reference| / |reference|, Euclidean; a gradient counts as 1e-5 of the largest at least."""
     assert results.keys() == reference.keys()
     floor = 1e-5 * max(x.norm().item() for name, x in reference.items() if name != "output")
     return {name: (results[name] - x).norm().item() / max(x.norm().item(), floor) for name, x in reference.items()}
