@@ -151,27 +151,8 @@ FAKES = {
 }
 
 
-def _weight_grad_accumulate(buffer, *factors):
-    buffer.add_(torch.ops.moe_kernels.weight_grad(*factors))
-
-
-def _fused_experts_backward_accumulate(gate_up_grad, down_grad, *args):
-    grads = list(torch.ops.moe_kernels.fused_experts_backward(*args))
-    for i, buffer in ((1, gate_up_grad), (2, down_grad)):
-        if buffer is not None and args[-1][i]:
-            buffer.add_(grads[i])
-            grads[i] = buffer.new_empty(0, dtype=grads[i].dtype)
-    return tuple(grads)
-
-
-# operators that the compiled module may do without, or never has: through other operators, for every device that has
-# no kernel of its own; what is added to a buffer is then rounded to the storage dtype before
-FALLBACKS = {
-    "count_loads": composite.count_loads,
-    "weight_grad_accumulate": _weight_grad_accumulate,
-    "fused_experts_accumulate": lambda *args: torch.ops.moe_kernels.fused_experts(*args[:-2]),
-    "fused_experts_backward_accumulate": _fused_experts_backward_accumulate,
-}
+# operators that never have a kernel of their own: through torch, on every device
+FALLBACKS = {"count_loads": composite.count_loads}
 
 
 def _without_autocast(function):

@@ -89,16 +89,35 @@ def test_no_kernel_reads_or_writes_local_memory():
 
 @needs_module
 @pytest.mark.parametrize("kernel", ["m_grouped_kernel", "k_grouped_kernel"])
-def test_products_run_on_tensor_cores_and_load_asynchronously(kernel):
-    found = {name: instructions for name, instructions in machine_code().items() if kernel in name}
+@pytest.mark.parametrize("engine, wanted, unwanted", [("sm80", {"HMMA", "LDGSTS"}, {"HGMMA"}),
+                                                      ("sm90", {"HGMMA", "UTMALDG", "UTMASTG|UTMAREDG"}, {"HMMA"})])
+def test_products_run_on_tensor_cores_and_load_asynchronously(kernel, engine, wanted, unwanted):
+    found = {name: instructions for name, instructions in machine_code().items() if engine in name and kernel in name}
     assert found
-    assert [name for name, instructions in found.items() if not {"HMMA", "LDGSTS"} <= instructions] == []
+    for name, instructions in found.items():
+        missing = [choice for choice in wanted if not instructions & set(choice.split("|"))]
+        assert not missing and not instructions & unwanted, name
 
 
 @needs_module
-def test_sm80_code_and_ptx_for_newer_cards():
-    assert re.search(r"ELF file.*sm_80", cuobjdump("-lelf"))
+def test_gathers_of_the_sm90_engine_are_asynchronous():
+    found = {name: instructions for name, instructions in machine_code().items() if "4sm90" in name}
+    gathering = [name for name, instructions in found.items() if "LDGSTS" in instructions]
+    assert gathering and len(gathering) < len(found), "operands that lie in order come by TMA alone"
+
+
+@needs_module
+def test_code_for_ampere_and_hopper_and_ptx_for_newer_cards():
+    code = cuobjdump("-lelf")
+    assert re.search(r"ELF file.*sm_80", code) and re.search(r"ELF file.*sm_90a", code)
     assert re.search(r"PTX file.*(sm|compute)_80", cuobjdump("-lptx"))
+
+
+@needs_module
+@pytest.mark.parametrize("capability, rows, engine", [(90, 4096, "sm90"), (90, 1024, "sm80"), (80, 4096, "sm80"),
+                                                      (89, 4096, "sm80"), (100, 4096, "sm80"), (90, 2**30 + 1, "sm80")])
+def test_hopper_code_is_chosen_on_hopper_alone_and_where_experts_have_rows(capability, rows, engine):
+    assert schemas.compiled_module.choose_engine(rows, 64, capability) == engine
 
 
 # ----------------------------------------------------------------------------------------------- the module in torch
@@ -108,7 +127,7 @@ def test_sm80_code_and_ptx_for_newer_cards():
 def test_module_serves_every_operator_in_this_torch():
     info = moe_kernels.build_info()
     assert info["cuda_built"] and info["torch"] == torch.__version__ and "80" in str(info["architectures"])
-    assert [name for name in schemas.SCHEMAS
+    assert [name for name in schemas.SCHEMAS.keys() - schemas.FALLBACKS.keys()
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{name}", "CUDA")] == []
 
 

@@ -105,31 +105,6 @@ def test_sums_of_bf16_gradients_are_not_rounded():
     torch.testing.assert_close(many, [64 * buffer for buffer in one], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_fallback_of_an_operator_without_a_kernel_is_the_same_to_rounding(device):
-    """What serves a compiled module that lacks the operators: the plain ones, and an addition."""
-    inputs = Inputs(SMALL[2], device)
-    ops, plan = torch.ops.moe_kernels_composite, inputs.plan()
-    pre = torch.randn(plan.sorted_rows.shape[0], inputs.gate_up_proj.shape[1], device=device)
-    args = (inputs.grad_output, inputs.hidden_states, inputs.gate_up_proj, inputs.down_proj, inputs.topk_weights,
-            None, None, pre, *plan, "swiglu", None, [True, True, True, False, False, False])
-    results = []
-    for backward in (ops.fused_experts_backward_accumulate, mk.schemas.FALLBACKS["fused_experts_backward_accumulate"]):
-        buffers = buffers_of(inputs, 1.0)
-        if device == "cpu" or backward is ops.fused_experts_backward_accumulate:
-            results.append((*backward(*buffers, *args), *buffers))
-    for first, second in zip(results[0], results[-1]):
-        torch.testing.assert_close(first, second)
-    factors = (inputs.grad_output, pre, plan.expert_offsets, plan.sorted_rows, None, inputs.case.top_k)
-    buffer = torch.ones(inputs.case.num_experts, inputs.case.hidden_size, pre.shape[1], device=device)
-    ops.weight_grad_accumulate(buffer, *factors)
-    torch.testing.assert_close(buffer, 1 + ops.weight_grad(*factors))
-    if device == "cpu":
-        other = torch.ones_like(buffer)
-        mk.schemas.FALLBACKS["weight_grad_accumulate"](other, *factors)
-        torch.testing.assert_close(buffer, other)
-
-
 def test_under_autocast_the_buffers_get_what_the_rounded_weights_give():
     inputs, half = Inputs(SMALL[2]), Inputs(SMALL[2], dtype=torch.bfloat16)
     inputs.require_grad(), half.require_grad()

@@ -190,15 +190,16 @@ inline int routing_grad_partials(int intermediate_size) {
   return (intermediate_size + kRoutingGradColumns - 1) / kRoutingGradColumns;
 }
 
-// out[e] = sum over the rows r of expert e, ascending, of outer(grad(r), a(r)). A side with sorted_rows gathers: row r reads
-// row sorted_rows[r] / K of its tensor.
+// out[e] = sum over the rows r of expert e, ascending, of outer(grad(r), a(r)), or out[e] += that sum. A side with sorted_rows
+// gathers: row r reads row sorted_rows[r] / K of its tensor.
 struct WeightGradParams {
   const void* grad;                  // [S or T, n] of dtype
   const void* a;                     // [S or T, k] of dtype
   const int32_t* expert_offsets;     // [E + 1]
   const int32_t* grad_sorted_rows;   // [S] or null
   const int32_t* a_sorted_rows;      // [S] or null
-  void* output;                      // [E, n, k] of dtype; exactly 0 for an expert without rows
+  void* output;                      // [E, n, k] of dtype, exactly 0 for an expert without rows; or of fp32 when accumulating
+  bool accumulate;
   int64_t num_rows;                  // S
   int num_experts;
   int n;

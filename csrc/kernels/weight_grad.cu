@@ -19,22 +19,25 @@ void weight_grad_sm80(const WeightGradParams& params, cudaStream_t stream) {
                                                  params.num_experts,
                                                  params.n,
                                                  params.k};
-  const StoreEpilogue<Element> epilogue{nullptr, static_cast<Element*>(params.output), params.k};
-  if (weight_grad_tile(device_limits()) == TileChoice::k128x256) {
-    sm80::launch_k_grouped<WeightGradTile>(operands, epilogue, stream, "weight_grad");
-  } else {
-    sm80::launch_k_grouped<Tile128x128>(operands, epilogue, stream, "weight_grad");
-  }
+  auto launch = [&](const auto& epilogue) {
+    if (weight_grad_tile(device_limits()) == TileChoice::k128x256) {
+      sm80::launch_k_grouped<WeightGradTile>(operands, epilogue, stream, "weight_grad");
+    } else {
+      sm80::launch_k_grouped<Tile128x128>(operands, epilogue, stream, "weight_grad");
+    }
+  };
+  if (params.accumulate) launch(AccumulateEpilogue{static_cast<float*>(params.output), params.k});
+  else launch(StoreEpilogue<Element>{nullptr, static_cast<Element*>(params.output), params.k});
 }
 
-template <typename Element>
+template <bool kAccumulate, typename Element>
 void weight_grad_sm90(const WeightGradParams& params, cudaStream_t stream) {
   if (params.grad_sorted_rows != nullptr) {
-    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kGrad, false, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kGrad, kAccumulate, Element>(params, stream);
   } else if (params.a_sorted_rows != nullptr) {
-    sm90::launch_k_grouped<sm90::Cooperative256x128, sm90::Gathered::kA, false, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Cooperative256x128, sm90::Gathered::kA, kAccumulate, Element>(params, stream);
   } else {
-    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kNone, false, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kNone, kAccumulate, Element>(params, stream);
   }
 }
 
@@ -46,7 +49,9 @@ void launch_weight_grad(const WeightGradParams& params, cudaStream_t stream) {
   const bool sm90 = !gathers_both && weight_grad_engine(params.num_rows, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
-    sm90 ? weight_grad_sm90<Element>(params, stream) : weight_grad_sm80<Element>(params, stream);
+    if (!sm90) weight_grad_sm80<Element>(params, stream);
+    else if (params.accumulate) weight_grad_sm90<true, Element>(params, stream);
+    else weight_grad_sm90<false, Element>(params, stream);
   });
 }
 

@@ -28,8 +28,11 @@ Tensor grouped_mm(Tensor a, Tensor b, OptionalTensor bias, Tensor expert_offsets
   return c;
 }
 
-Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor grad_sorted_rows,
-                   OptionalTensor a_sorted_rows, int64_t top_k) {
+namespace {
+
+// Into a new tensor, or added to the fp32 buffer.
+Tensor launch_weight_grad(const OptionalTensor& buffer, Tensor grad, Tensor a, const Tensor& expert_offsets,
+                          const OptionalTensor& grad_sorted_rows, const OptionalTensor& a_sorted_rows, int64_t top_k) {
   check_dim(grad, "grad", 2);
   check_dim(a, "a", 2);
   check_dim(expert_offsets, "expert_offsets", 1);
@@ -39,7 +42,7 @@ Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor 
   const int64_t grad_rows = grad.size(0) * (grad_sorted_rows.has_value() ? top_k : 1);
   const int64_t a_rows = a.size(0) * (a_sorted_rows.has_value() ? top_k : 1);
   check(grad_rows == a_rows, "grad and a must have the same number of rows, got ", grad_rows, " and ", a_rows);
-  Tensor output = torch::stable::new_empty(grad, {num_experts, n, k}, dtype);
+  Tensor output = buffer.has_value() ? *buffer : torch::stable::new_empty(grad, {num_experts, n, k}, dtype);
 
   WeightGradParams params = {};
   params.grad = checked_data(grad, "grad", dtype, {grad.size(0), n});
@@ -48,6 +51,11 @@ Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor 
   params.grad_sorted_rows = int_data(grad_sorted_rows, "grad_sorted_rows", {grad_rows});
   params.a_sorted_rows = int_data(a_sorted_rows, "a_sorted_rows", {a_rows});
   params.output = output.data_ptr();
+  params.accumulate = buffer.has_value();
+  if (params.accumulate) {
+    checked_data(buffer, "the gradient's buffer", ScalarType::Float, {num_experts, n, k});
+    check(reinterpret_cast<uintptr_t>(params.output) % 16 == 0, "the gradient's buffer must begin at a multiple of 16 bytes");
+  }
   params.num_rows = grad_rows;
   params.num_experts = checked_int(num_experts, "num_experts");
   params.n = checked_width(n, "n");
@@ -55,8 +63,20 @@ Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor 
   params.top_k = checked_int(top_k, "top_k");
   params.dtype = half_dtype_of(grad, "grad");
   const Launch launch(grad);
-  launch_weight_grad(params, launch.stream());
+  moe::launch_weight_grad(params, launch.stream());
   return output;
+}
+
+}  // namespace
+
+Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor grad_sorted_rows,
+                   OptionalTensor a_sorted_rows, int64_t top_k) {
+  return launch_weight_grad(std::nullopt, grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k);
+}
+
+void weight_grad_accumulate(Tensor buffer, Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor grad_sorted_rows,
+                            OptionalTensor a_sorted_rows, int64_t top_k) {
+  launch_weight_grad(buffer, grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k);
 }
 
 }  // namespace moe

@@ -23,6 +23,9 @@ Tensor grouped_mm(Tensor a, Tensor b, OptionalTensor bias, Tensor expert_offsets
 Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor grad_sorted_rows,
                    OptionalTensor a_sorted_rows, int64_t top_k);
 
+void weight_grad_accumulate(Tensor buffer, Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor grad_sorted_rows,
+                            OptionalTensor a_sorted_rows, int64_t top_k);
+
 Tensor bias_grad(Tensor grad, OptionalTensor topk_weights, Tensor expert_offsets, OptionalTensor sorted_rows, int64_t top_k);
 
 Tensor combine(Tensor rows, OptionalTensor topk_weights, Tensor row_of_slot);
@@ -46,5 +49,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
     Tensor grad_output, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights,
     OptionalTensor gate_up_bias, OptionalTensor down_bias, Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows,
     Tensor row_of_slot, std::string activation, std::optional<double> swiglu_limit, std::vector<bool> needs);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_accumulate(
+    Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, Tensor topk_ids,
+    OptionalTensor gate_up_bias, OptionalTensor down_bias, std::string activation, std::optional<double> swiglu_limit,
+    bool keep_pre_activation, OptionalTensor gate_up_grad, OptionalTensor down_grad);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backward_accumulate(
+    OptionalTensor gate_up_grad, OptionalTensor down_grad, Tensor grad_output, Tensor hidden_states, Tensor gate_up_proj,
+    Tensor down_proj, Tensor topk_weights, OptionalTensor gate_up_bias, OptionalTensor down_bias, Tensor pre_activation,
+    Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot, std::string activation, std::optional<double> swiglu_limit,
+    std::vector<bool> needs);
 
 }  // namespace moe

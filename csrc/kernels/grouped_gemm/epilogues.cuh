@@ -45,6 +45,22 @@ struct StoreEpilogue {
   }
 };
 
+// output[row] += outputs
+struct AccumulateEpilogue {
+  static constexpr bool kGated = false;
+  float* output;  // [rows, columns]
+  int columns;
+
+  __device__ void operator()(const OutputPlace& place, float (&values)[8], const float (&)[8]) const {
+    if (!place.exists) return;
+    float4* low = reinterpret_cast<float4*>(output + place.row * columns + place.column);
+    float4 sums[2] = {low[0], low[1]};
+    sums[0].x += values[0], sums[0].y += values[1], sums[0].z += values[2], sums[0].w += values[3];
+    sums[1].x += values[4], sums[1].y += values[5], sums[1].z += values[6], sums[1].w += values[7];
+    low[0] = sums[0], low[1] = sums[1];
+  }
+};
+
 // rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
 template <typename Element, ActivationSet kSet>
 struct ActivateEpilogue {

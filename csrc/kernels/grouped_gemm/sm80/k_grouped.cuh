@@ -85,9 +85,9 @@ __device__ __forceinline__ void k_grouped_main_loop(TileProduct<Config, Element,
       });
 }
 
-template <typename Config, typename Element>
+template <typename Config, typename Element, typename Epilogue>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    k_grouped_kernel(const KGroupedOperands<Element> operands, const StoreEpilogue<Element> epilogue) {
+    k_grouped_kernel(const KGroupedOperands<Element> operands, const Epilogue epilogue) {
   static_assert(Config::kThreads >= 2 * kDepth, "one thread fetches one row number");
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ RowRing ring;

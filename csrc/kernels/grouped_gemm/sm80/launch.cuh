@@ -30,10 +30,9 @@ void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue&
   });
 }
 
-template <typename Config, typename Element>
-void launch_k_grouped(const KGroupedOperands<Element>& operands, const StoreEpilogue<Element>& epilogue, cudaStream_t stream,
-                      const char* name) {
-  constexpr auto kKernel = k_grouped_kernel<Config, Element>;
+template <typename Config, typename Element, typename Epilogue>
+void launch_k_grouped(const KGroupedOperands<Element>& operands, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
+  constexpr auto kKernel = k_grouped_kernel<Config, Element, Epilogue>;
   allow_shared_memory<Config, kKernel>(name);
   const int64_t tiles = operands.num_experts * ceil_div(operands.n, Config::kRows) * ceil_div(operands.k, Config::kCols);
   kKernel<<<persistent_blocks<Config>(tiles, device_limits()), Config::kThreads, Config::kSharedBytes, stream>>>(operands, epilogue);

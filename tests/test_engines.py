@@ -1,0 +1,169 @@
+"""The two engines behind the products give the same bits, whatever the tile, and whatever else is in the batch.
+
+Collected where a GPU is present and the kernels run on it (conftest.py); the sm_90a engine is tested on compute
+capability 9.0 alone, and there every product runs in both.
+"""
+
+import pytest
+import torch
+from cases import CASES, HALVES, SMALL, Case, Inputs, assert_same_bits, backend_id, case_id
+
+import moe_kernels as mk
+from moe_kernels import schemas
+from moe_kernels.activation import ACTIVATIONS
+
+HOPPER = torch.cuda.get_device_capability() == (9, 0)
+ENGINES = ["sm80", "sm90"] if HOPPER else ["sm80"]
+TILES = ["16x128", "64x128", "128x128", "128x256"]
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="the sm_90a engine wants compute capability 9.0")
+
+# several row tiles an expert, ends inside the second half of a tile, a last column tile of 8, one k-block and many
+LARGE = [Case("row_tiles", 700, 6, 3, 200, 136), Case("many_blocks", 1000, 70, 4, 512, 384),
+         Case("deep", 260, 2, 2, 3200, 264), Case("sentinels_among_many", 900, 6, 6, 136, 264, "sentinels")]
+
+
+@pytest.fixture
+def force():
+    """force(engine, tile) for this test."""
+
+    def call(engine="auto", tile="auto"):
+        schemas.compiled_module.force_engine(engine)
+        schemas.compiled_module.force_tile(tile)
+
+    yield call
+    call()
+
+
+def products(x, activation="swiglu", limit=None):
+    """Every product of the forward and the backward flow, with and without biases and gathers."""
+    ops, k = torch.ops.moe_kernels, x.case.top_k
+    offsets, sorted_rows, row_of_slot = ops.plan(x.topk_ids, x.case.num_experts)
+    rows, pre = ops.up_proj(x.hidden_states, x.gate_up_proj, x.gate_up_bias, offsets, sorted_rows, k, activation, limit,
+                            True)
+    plain, _ = ops.up_proj(x.hidden_states, x.gate_up_proj, None, offsets, sorted_rows, k, activation, limit, False)
+    down = ops.grouped_mm(rows, x.down_proj, x.down_bias, offsets, True)
+    grad_pre, weighted, grad_weights = ops.down_proj_backward(
+        x.grad_output, x.topk_weights, x.down_proj, x.down_bias, pre, offsets, sorted_rows, row_of_slot, activation,
+        limit)
+    grad_rows = ops.grouped_mm(grad_pre, x.gate_up_proj, None, offsets, False)
+    results = [rows, pre, plain, down, grad_pre, weighted, grad_weights, grad_rows]
+    for grad, a, *gathers in ((grad_pre, x.hidden_states, None, sorted_rows), (x.grad_output, weighted, sorted_rows, None),
+                              (grad_pre, rows, None, None), (x.grad_output, x.hidden_states, sorted_rows, sorted_rows)):
+        results.append(ops.weight_grad(grad, a, offsets, *gathers, k))
+        buffer = torch.ones_like(results[-1], dtype=torch.float32)
+        ops.weight_grad_accumulate(buffer, grad, a, offsets, *gathers, k)
+        results.append(buffer)
+    return results
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
+@pytest.mark.parametrize("case", CASES + LARGE, ids=case_id)
+def test_engines_give_the_same_bits(case, dtype, force, run_twice):
+    x = Inputs(case, "cuda", dtype)
+    force("sm80")
+    expected = products(x)
+    force("sm90")
+    assert_same_bits(expected, run_twice(lambda: products(x)))
+
+
+@needs_hopper
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_engines_give_the_same_bits_with_every_activation(activation, force):
+    x = Inputs(LARGE[0], "cuda", torch.bfloat16, activation)
+    limit = 0.7 if activation == "swiglu" else None
+    force("sm80")
+    expected = products(x, activation, limit)
+    force("sm90")
+    assert_same_bits(expected, products(x, activation, limit))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=case_id)
+def test_every_tile_gives_the_same_bits(case, dtype, force):
+    x = Inputs(case, "cuda", dtype)
+    force("sm80", TILES[0])
+    expected = products(x)
+    for tile in TILES[1:]:
+        force("sm80", tile)
+        assert_same_bits(expected, products(x))
+
+
+def outputs_and_gradients(x, tokens, topk_ids):
+    """The layer's output, dX and the routing gradients of a batch of these tokens of x."""
+    leaves = [x.hidden_states[tokens].clone().requires_grad_(), x.topk_weights[tokens].clone().requires_grad_()]
+    out = mk.fused_experts(leaves[0], x.gate_up_proj, x.down_proj, leaves[1], topk_ids, gate_up_bias=x.gate_up_bias,
+                           down_bias=x.down_bias)
+    return [out.detach(), *torch.autograd.grad(out, leaves, x.grad_output[tokens])]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_a_token_does_not_depend_on_its_batch(engine, dtype, force):
+    """Among 1 to 16384 tokens, in another order, beside other loads: the same bits of the output and of dX."""
+    x = Inputs(Case("batch", 16384, 16, 4, 264, 136), "cuda", dtype)
+    force(engine)
+    everything = torch.arange(16384, device="cuda")
+    ids = x.topk_ids
+    whole = outputs_and_gradients(x, everything, ids)
+    for count in (1, 2, 40, 129, 1000, 5000):
+        tokens = torch.randperm(16384, generator=torch.Generator().manual_seed(count))[:count].cuda()
+        assert_same_bits([result[tokens] for result in whole], outputs_and_gradients(x, tokens, ids[tokens]))
+    loads = ids.clone()
+    loads[8192:] = torch.arange(4, device="cuda", dtype=ids.dtype)  # half of the batch on the same experts
+    other = outputs_and_gradients(x, everything, loads)
+    assert_same_bits([result[:8192] for result in whole], [result[:8192] for result in other])
+
+
+@pytest.mark.parametrize("tokens", [512, 8192])
+def test_inference_needs_the_rows_and_nothing_else(tokens):
+    """Peak memory beyond inputs and output: at most S * (I + H) elements and 5%."""
+    x = Inputs(Case("memory", tokens, 16, 8, 512, 256), "cuda", torch.bfloat16)
+
+    def call():
+        with torch.no_grad():
+            return mk.fused_experts(x.hidden_states, x.gate_up_proj, x.down_proj, x.topk_weights, x.topk_ids)
+
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = call()
+    extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    assert extra <= 1.05 * 2 * tokens * 8 * (256 + 512)
+
+
+def test_training_keeps_the_pre_activation_and_the_routing():
+    """Between forward and backward hidden states, pre-activation and routing lie; the backward's peak has its bound."""
+    tokens, k, hidden, width, experts = 8192, 8, 512, 256, 16
+    x = Inputs(Case("memory", tokens, experts, k, hidden, width), "cuda", torch.bfloat16)
+    leaves = [x.hidden_states.requires_grad_(), x.gate_up_proj.requires_grad_(), x.down_proj.requires_grad_(),
+              x.topk_weights.requires_grad_()]
+
+    def forward():
+        return mk.fused_experts(*leaves, x.topk_ids)
+
+    torch.autograd.grad(forward(), leaves, x.grad_output)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = forward()
+    kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
+    rows = tokens * k
+    routing = 4 * (2 * rows + experts + 1)
+    assert kept <= 1.01 * (2 * rows * 2 * width + routing)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(out, leaves, x.grad_output)
+    results = sum(grad.numel() * grad.element_size() for grad in grads)
+    extra = torch.cuda.max_memory_allocated() - before - results
+    assert extra <= 2 * rows * (2 * width + hidden + width)
+
+
+def test_deterministic_mode_changes_nothing():
+    x = Inputs(LARGE[0], "cuda", torch.bfloat16)
+    expected = products(x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same_bits(expected, products(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
