@@ -21,6 +21,16 @@ from torch import nn
 from .. import ops
 
 NAME = "moe_kernels"
+MINIMUM = "5.7"  # of transformers: the first whose models take backends that were registered
+
+
+def is_experts(module):
+    """Whether a module is an experts module of transformers' interface."""
+    return isinstance(module, nn.Module) and all(hasattr(module, name) for name in ("is_transposed", "has_bias"))
+
+
+def _norm_follows(module):
+    return getattr(module, "has_post_expert_norm", False)  # older interfaces do not say it
 
 
 # ------------------------------------------------------------------------------------- known forms of _apply_gate
@@ -157,7 +167,7 @@ def plan_of(module):
     options, unknown = _activation_of(module)
     if unknown:
         reasons.append(unknown)
-    if module.has_post_expert_norm:
+    if _norm_follows(module):
         reasons.append("a norm after each expert")
     return ("unfused", ", ".join(reasons)) if reasons else ("fused", options)
 
@@ -201,7 +211,7 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights):
     rows = ops.grouped_mm(ops.permute(x, plan), up, plan.expert_offsets, up_bias, transpose_b)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     rows = ops.grouped_mm(rows, down, plan.expert_offsets, down_bias, transpose_b)
-    if module.has_post_expert_norm:
+    if _norm_follows(module):
         rows = module.post_expert_norm(rows)
     return ops.unpermute(rows, plan, weights).to(hidden_states.dtype)
 
@@ -211,16 +221,20 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights):
 
 def experts_interface():
     """transformers' ALL_EXPERTS_FUNCTIONS; ImportError in one line where it is missing or too old."""
+    wanted = f"moe_kernels.hf wants transformers {MINIMUM} or newer"
+    install = f"pip install -U 'transformers>={MINIMUM}'"
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("moe_kernels.hf wants transformers 5.0 or newer, which is not installed: "
-                          "pip install 'transformers>=5.0'") from error
+        raise ImportError(f"{wanted}, which is not installed: {install}") from error
     try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
-        raise ImportError(f"moe_kernels.hf wants transformers 5.0 or newer, got {transformers.__version__}, which has "
-                          "no experts interface: pip install -U 'transformers>=5.0'") from error
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+        is_new = "is_concatenated" in inspect.signature(use_experts_implementation).parameters
+    except ImportError:
+        is_new = False
+    if not is_new:
+        raise ImportError(f"{wanted}, got {transformers.__version__}, whose models take no other experts: {install}")
     return ALL_EXPERTS_FUNCTIONS
 
 
@@ -230,6 +244,6 @@ def register():
     After it `from_pretrained(..., experts_implementation="moe_kernels")` and
     `model.set_experts_implementation("moe_kernels")` work for every model with `use_experts_implementation`.
 
-    Raises: ImportError where transformers is missing, or older than its experts interface (5.0).
+    Raises: ImportError where transformers is missing or too old.
     """
     experts_interface().register(NAME, experts_forward)

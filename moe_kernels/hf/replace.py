@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from .backend import NAME, experts_forward, experts_interface, plan_of
+from .backend import NAME, experts_forward, experts_interface, is_experts, plan_of
 
 # ------------------------------------------------------------------------------------------------------ the routers
 
@@ -206,14 +206,10 @@ class Report(NamedTuple):
         return "\n".join(lines) or "no MoE layers"
 
 
-def _is_experts(module):
-    return isinstance(module, nn.Module) and hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
-
-
 def _blocks(model):
     """(name, block) of every module with experts of transformers' interface as its child."""
     return [(name, module) for name, module in model.named_modules()
-            if any(_is_experts(child) for child in module.children())]
+            if any(is_experts(child) for child in module.children())]
 
 
 def _refuse(model, has_experts):
@@ -230,9 +226,9 @@ def _replace_child(name, child, report, differences):
     kind, label = _kind_of(child), type(child).__name__
     if isinstance(child, _Ours):
         report.left.append((name, "replaced before"))
-    elif "forward" in vars(child) and (_is_experts(child) or kind is not None):
+    elif "forward" in vars(child) and (is_experts(child) or kind is not None):
         report.left.append((name, f"{label}, whose forward was set on the object, as accelerate's hooks do"))
-    elif _is_experts(child):
+    elif is_experts(child):
         route, detail = plan_of(child)
         child.__class__ = _our_class(type(child))
         how = ", ".join(str(value) for value in detail.values()) if route == "fused" else detail
@@ -276,7 +272,7 @@ def replace_moe_layers(model):
             full_name = f"{name}.{child_name}" if name else child_name
             if (name, block) in known:
                 _replace_child(full_name, child, report, differences)
-            elif _is_experts(child):
+            elif is_experts(child):
                 report.left.append((full_name, f"{type(child).__name__}, of a family that is not served"))
     return report
 
