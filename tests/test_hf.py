@@ -472,6 +472,25 @@ def test_a_router_that_computes_something_else_is_left(monkeypatch):
     torch.testing.assert_close(model(tiny.token_ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_router_of_an_older_transformers_is_left(monkeypatch):
+    """One without a setting that ours wants, and one that returns the logits alone."""
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
+
+    own = Glm4MoeTopkRouter.forward
+    model, ids = tiny.build("glm4_moe"), tiny.token_ids()
+    expected, router = model(ids).logits, model.model.layers[1].mlp.gate
+    groups = router.__dict__.pop("num_group")
+    monkeypatch.setattr(Glm4MoeTopkRouter, "forward", lambda self, x: own(types.SimpleNamespace(
+        **vars(self), **self._parameters, **self._buffers, num_group=groups), x))
+    assert "a router of another make: 'Glm4MoeTopkRouter' object has no attribute 'num_group'" in str(
+        mk.replace_moe_layers(model))
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    mk.restore_moe_layers(model)
+    router.num_group = groups
+    monkeypatch.setattr(Glm4MoeTopkRouter, "forward", lambda self, x: own(self, x)[0])
+    assert "values to unpack" in str(mk.replace_moe_layers(model))
+
+
 def test_routers_that_the_gate_does_not_serve_are_left():
     model = tiny.build("deepseek_v4", scoring_func="tanh")
     assert "scores by Tanh, which moe_kernels.gate does not have" in str(mk.replace_moe_layers(model))

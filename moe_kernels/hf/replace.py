@@ -160,27 +160,33 @@ def _dense(topk_weights, topk_ids, num_experts):
 
 
 @torch.no_grad()
-def _difference(router, kind):
-    """Why our router is not this one, in words, or None: both route 64 random tokens by random weights."""
+def _routes_alike(router, kind):
+    """Whether ours and the router's own forward agree on 64 random tokens and random weights."""
     num_experts, hidden_size = router.weight.shape
-    if num_experts > ops.MAX_GATE_EXPERTS or router.top_k > ops.MAX_GATE_TOP_K:
-        return (f"{num_experts} experts, {router.top_k} a token, and moe_kernels.gate serves "
-                f"{ops.MAX_GATE_EXPERTS} and {ops.MAX_GATE_TOP_K}")
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         twin = _random_twin(router, generator)
         tokens = torch.randn(64, hidden_size, generator=generator)
         table = getattr(twin, "tid2eid", None)
         ids = () if table is None else (torch.randint(table.shape[0], (64,), generator=generator),)
-        try:
-            logits, weights, experts = _route(twin, kind, tokens, *ids)
-        except ValueError as error:
-            return str(error)
+        logits, weights, experts = _route(twin, kind, tokens, *ids)
         expected_logits, expected_weights, expected_experts = type(router).forward(twin, tokens, *ids)
-    same = torch.allclose(logits, expected_logits, rtol=1e-5, atol=1e-5) and torch.allclose(
+    return torch.allclose(logits, expected_logits, rtol=1e-5, atol=1e-5) and torch.allclose(
         _dense(weights, experts, num_experts), _dense(expected_weights, expected_experts, num_experts), rtol=1e-4,
         atol=1e-6)
-    return None if same else "its router computes something else than moe_kernels.gate"
+
+
+def _difference(router, kind):
+    """Why our router is not this one, in words, or None."""
+    try:
+        if router.num_experts > ops.MAX_GATE_EXPERTS or router.top_k > ops.MAX_GATE_TOP_K:
+            return (f"{router.num_experts} experts, {router.top_k} a token, and moe_kernels.gate serves "
+                    f"{ops.MAX_GATE_EXPERTS} and {ops.MAX_GATE_TOP_K}")
+        return None if _routes_alike(router, kind) else "its router computes something else than moe_kernels.gate"
+    except (AttributeError, TypeError) as error:  # of a version of transformers whose router has other parts
+        return f"a router of another make: {error}"
+    except ValueError as error:
+        return str(error)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions
