@@ -34,13 +34,17 @@ enum class Gathered { kNone, kGrad, kA };
 template <typename Element>
 class ColumnGather {
  public:
-  __device__ ColumnGather(const KGroupedOperands<Element>& operands, int width, int column, int begin, int end)
-      : operands_(operands), width_(width), end_(end), next_(begin + threadIdx.x / 8) {
-    const int t = threadIdx.x;
-    const int first = min(column + t % 8 * 8, width - 8);
-    second_chunk_ = min(column + t % 8 * 8 + 64, width - 8) - first;
-    column_ = operands.gathered + first;
-    shared_offset_ = t / 8 * 128 + ((t % 8 ^ t / 8 % 8) << 4);
+  __device__ ColumnGather(const KGroupedOperands<Element>& operands, int width) : operands_(operands), width_(width) {
+    shared_offset_ = threadIdx.x / 8 * 128 + ((threadIdx.x % 8 ^ threadIdx.x / 8 % 8) << 4);
+  }
+  // Columns column .. column + 127 of rows begin .. end - 1.
+  __device__ void start(int column, int begin, int end) {
+    const int wanted = column + threadIdx.x % 8 * 8;
+    const int first = min(wanted, width_ - 8);
+    second_chunk_ = min(wanted + 64, width_ - 8) - first;
+    column_ = operands_.gathered + first;
+    next_ = begin + threadIdx.x / 8;
+    end_ = end;
     read_rows();
   }
   // A stage may have fewer than 64 rows only as the last one.
@@ -56,7 +60,7 @@ class ColumnGather {
       copy(stage, [&](uint32_t shared, const Element* source, int i) { cp_async_16(shared, source, exists[i]); }, from);
       return;
     }
-    read_rows();
+    read_rows();  // of the next stage
     copy(stage, [&](uint32_t shared, const Element* source, int) { cp_async_16(shared, source); }, from);
   }
 
@@ -129,13 +133,15 @@ __device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Elem
   constexpr int kTmaBytes =
       (kGathered == Gathered::kGrad ? 0 : Config::kABytes) + (kGathered == Gathered::kA ? 0 : Config::kBBytes);
   if (kGathered == Gathered::kNone && threadIdx.x > 0) return;
+  constexpr bool kGradGathered = kGathered == Gathered::kGrad;
   WeightTiles<Config, Element> tiles(operands);
   RingPosition<Config> position;
-  WeightTile tile;
-  while (tiles.next(tile)) {
-    constexpr bool kGradGathered = kGathered == Gathered::kGrad;
-    ColumnGather<Element> gather(operands, kGradGathered ? operands.n : operands.k, kGradGathered ? tile.row : tile.column, tile.begin,
-                                 kGathered == Gathered::kNone ? 0 : tile.end);
+  ColumnGather<Element> gather(operands, kGradGathered ? operands.n : operands.k);
+  WeightTile tile, upcoming;
+  bool more = tiles.next(tile);
+  if (more) gather.start(kGradGathered ? tile.row : tile.column, tile.begin, tile.end);
+  while (more) {
+    more = tiles.next(upcoming);  // its loads are under way while this tile's first rows are copied
     for (int row = tile.begin; row < tile.end; row += kDepth, position.advance()) {
       barrier_wait(ring.empty(position.stage), position.phase ^ 1);
       const uint32_t full = ring.full(position.stage);
@@ -150,10 +156,18 @@ __device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Elem
         }
       }
       if constexpr (kGathered != Gathered::kNone) {
-        gather.load(kGradGathered ? ring.a(position.stage) : ring.b(position.stage), row + kDepth <= tile.end);
+        const bool whole = row + kDepth <= tile.end;
+        gather.load(kGradGathered ? ring.a(position.stage) : ring.b(position.stage), whole);
         cp_async_arrive(full);
+        if (row + kDepth >= tile.end && more) {  // row numbers of the next tile, as early as those of the next stage
+          gather.start(kGradGathered ? upcoming.row : upcoming.column, upcoming.begin, upcoming.end);
+        }
       }
     }
+    if (kGathered != Gathered::kNone && tile.begin == tile.end && more) {
+      gather.start(kGradGathered ? upcoming.row : upcoming.column, upcoming.begin, upcoming.end);
+    }
+    tile = upcoming;
   }
 }
 
@@ -176,15 +190,11 @@ struct WeightStore {
     for (int piece = 0; piece < 2 * kCount / kPieceColumns; ++piece) {
       const int column = tile.column + piece * kPieceColumns;
       if (column >= width) break;
-      auto store_piece = [&](uint32_t shared) {
-        if constexpr (kAccumulate) tma_add(output, shared, column, row, tile.expert);
-        else tma_store(output, shared, column, row, tile.expert);
-      };
       if constexpr (kAccumulate) {
-        stager.store_fp32(outputs, piece * 16, store_piece);
+        stager.store_fp32(outputs, piece * 16, [&](uint32_t shared) { tma_add(output, shared, column, row, tile.expert); });
       } else {
         stager.template store<Element>([&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
-                                       store_piece);
+                                       [&](uint32_t shared) { tma_store_streaming(output, shared, column, row, tile.expert); });
       }
     }
   }
@@ -198,8 +208,9 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
   RingPosition<Config> position;
   Stager<Config::kBuffers> stager(consumer);
   const int first_fragment = consumer.index * Config::kFragments;
-  WeightTile tile;
-  while (tiles.next(tile)) {
+  WeightTile tile, upcoming;
+  for (bool more = tiles.next(tile); more; tile = upcoming) {
+    more = tiles.next(upcoming);  // its loads are under way during this tile
     const int blocks = (tile.end - tile.begin + kDepth - 1) / kDepth;
     const int first_row = tile.row + first_fragment * 64;
     if (blocks == 0) {

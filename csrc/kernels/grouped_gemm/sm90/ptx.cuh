@@ -96,6 +96,14 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t share
                : "memory");
 }
 
+// The same for what nobody reads soon: it leaves L2 before what is read again.
+__device__ __forceinline__ void tma_store_streaming(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(&map),
+               "r"(shared), "r"(c0), "r"(c1), "r"(c2), "l"(kEvictFirst)
+               : "memory");
+}
+
 // global += shared, in the map's type.
 __device__ __forceinline__ void tma_add(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2) {
   asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

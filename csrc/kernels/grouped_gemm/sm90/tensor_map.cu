@@ -40,9 +40,18 @@ CUtensorMap encode(DType dtype, const void* data, const cuuint64_t (&sizes)[kRan
   CUtensorMap map;
   cuuint32_t element_strides[kRank];
   for (auto& stride : element_strides) stride = 1;
-  const CUresult result = encoder()(&map, type_of(dtype), kRank, const_cast<void*>(data), sizes, strides, box, element_strides,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  auto try_encode = [&] {
+    return encoder()(&map, type_of(dtype), kRank, const_cast<void*>(data), sizes, strides, box, element_strides,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = try_encode();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has not used CUDA yet, such as autograd's
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "tensor map");
+    check_cuda(cudaSetDevice(device), "tensor map");
+    result = try_encode();
+  }
   if (result != CUDA_SUCCESS) throw std::runtime_error("moe_kernels: tensor map refused, code " + std::to_string(result));
   return map;
 }
