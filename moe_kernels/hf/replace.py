@@ -80,7 +80,7 @@ FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v4", "glm4_moe", "gpt_oss", 
 
 
 def _route(router, kind, hidden_states, token_ids=None):
-    """[..., H] -> router_logits [T, E], topk_weights [T, K], topk_ids [T, K] int32, as the router's own forward."""
+    """[..., H] -> router_logits [T, E], topk_weights [T, K], topk_ids [T, K] int64, as the router's own forward."""
     weight = router.weight
     flat = hidden_states.reshape(-1, weight.shape[1])
     if kind.widen:
@@ -88,7 +88,8 @@ def _route(router, kind, hidden_states, token_ids=None):
     router_logits = F.linear(flat, weight, getattr(router, "bias", None))
     given = None if token_ids is None else router.tid2eid[token_ids.reshape(-1)]
     topk_weights, topk_ids = ops.gate(router_logits, router.top_k, topk_ids=given, **kind.options(router))
-    return router_logits, topk_weights.to(router_logits.dtype) if kind.narrow else topk_weights, topk_ids
+    # transformers' expert parallelism scatters by the ids, which wants int64
+    return router_logits, topk_weights.to(router_logits.dtype) if kind.narrow else topk_weights, topk_ids.long()
 
 
 def _kind_of(module):
@@ -115,7 +116,7 @@ class _OurExperts(_Ours):
 
 class _OurRouter(_Ours):
     def forward(self, hidden_states, input_ids=None):
-        """[..., H] -> router_logits [T, E], topk_weights [T, K], topk_ids [T, K] int32."""
+        """[..., H] -> router_logits [T, E], topk_weights [T, K], topk_ids [T, K] int64."""
         return _route(self, self.moe_kernels_kind, hidden_states, input_ids)
 
 
@@ -156,7 +157,7 @@ def _random_twin(router, generator):
 
 def _dense(topk_weights, topk_ids, num_experts):
     dense = topk_weights.new_zeros(topk_weights.shape[0], num_experts)
-    return dense.scatter_add(1, topk_ids.long(), topk_weights)
+    return dense.scatter_add(1, topk_ids, topk_weights)
 
 
 @torch.no_grad()
@@ -258,7 +259,7 @@ def replace_moe_layers(model):
 
     Served are the layers of DeepSeek-V2, V3 and V4, Qwen2-MoE and Qwen3-MoE, Mixtral, OLMoE, GLM-4-MoE and gpt-oss.
     Results stay the same to the rounding: each router is compared with the model's own before. State dict names, hooks
-    and collected router logits stay too. Ids of experts are int32 from then on. No copy of a weight is made.
+    and collected router logits stay too. No copy of a weight is made.
 
     Args:
         model: a `PreTrainedModel`, or any module that holds such layers.
