@@ -2,6 +2,7 @@
 
     python -m bench                          every shape, pass by pass; prints a line a row
     python -m bench --shape qwen3-30b        one shape
+    python -m bench --models                 only whole transformers models on our kernels
     python -m bench --save                   and writes bench/results/<card>.json, the plot and README's tables
     python -m bench --readme                 only fills README anew from the stored results
     python -m bench --check                  says what is stale, and then exits 1
@@ -23,8 +24,9 @@ def parse_arguments(arguments):
     parser.add_argument("--shape", metavar="NAME", help="one shape instead of all")
     parser.add_argument("--pass", dest="passes", choices=cases.PASSES, action="append",
                         help="one pass; can be repeated")
+    parser.add_argument("--models", action="store_true", help="only whole models of Hugging Face transformers")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--routing", choices=("uniform", "zipf"), default="uniform")
+    parser.add_argument("--routing", choices=cases.ROUTING_KINDS, default="uniform")
     parser.add_argument("--peers", default="auto", metavar="LIST", help="auto, all, none, or names joined by commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does everything run?")

@@ -5,7 +5,8 @@ H hidden size, I expert width, E experts, K experts a token, T tokens.
 
 from typing import NamedTuple
 
-PASSES = ("forward", "train", "decode", "stages")
+PASSES = ("forward", "train", "decode", "stages", "skew", "host")
+ROUTING_KINDS = ("uniform", "zipf", "same")  # see bench/inputs.py
 DECODE_BELOW = 1024  # fewer tokens than this are measured as decode: forward alone, caches cold
 
 
@@ -21,14 +22,21 @@ class Shape(NamedTuple):
     trains: bool = True  # whether weights, gradients and a peer's gradients fit an 80 GB card
 
     def passes(self, num_tokens):
-        """The passes in which this many tokens are measured."""
+        """The passes in which this many tokens are measured; none for a number that only `extra_passes` knows."""
+        if num_tokens not in self.num_tokens:
+            return ()
         if num_tokens < DECODE_BELOW:
             return ("decode",)
         return ("forward", "train") if self.trains else ("forward",)
 
-    def has_stages(self, num_tokens):
-        """Whether the stages are measured one by one too; at a few cases only, because each adds eight graphs."""
-        return (self.name, num_tokens) in STAGE_CASES
+    def extra_passes(self, num_tokens):
+        """The measurements beside the passes that this case has: of skewed routing, of host time."""
+        return tuple(name for name, found in EXTRA_CASES.items() if (self.name, num_tokens) in found)
+
+    def every_num_tokens(self):
+        """All numbers of tokens for which something is measured, ascending."""
+        extra = {num_tokens for found in EXTRA_CASES.values() for name, num_tokens in found if name == self.name}
+        return sorted({*self.num_tokens, *extra})
 
     @property
     def weights_per_expert(self):
@@ -72,9 +80,17 @@ QUICK_SHAPES = (
 )
 QUICK_ROUTINGS = (Routing("quick-routing-e16-k4", 1024, 16, 4),)
 
-STAGE_CASES = frozenset({
-    ("seed-1t-ep8", 16384), ("qwen3-30b", 1024), ("qwen3-30b", 8192), ("mixtral", 8192), ("fine-16", 4096),
-    ("v4-flash", 4096), ("quick", 1024)})
+# (shape, tokens) of what is measured beside the passes, at a few cases only
+EXTRA_CASES = {
+    # the stages one by one: each case adds ten graphs
+    "stages": {("seed-1t-ep8", 16384), ("qwen3-30b", 1024), ("qwen3-30b", 8192), ("mixtral", 8192), ("fine-16", 4096),
+               ("v4-flash", 4096), ("quick", 1024)},
+    # the same size with other loads of the experts
+    "skew": {("seed-1t-ep8", 16384), ("qwen3-30b", 8192), ("olmoe", 4096), ("fine-16", 4096), ("v4-flash", 4096),
+             ("quick", 1024)},
+    # calls without a graph: how long the host is busy with one
+    "host": {("qwen3-30b", 64), ("quick", 1024)},
+}
 
 
 def select(shape_name=None, quick=False):

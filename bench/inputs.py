@@ -65,13 +65,15 @@ def make_routing(num_tokens, num_experts, top_k, device, routing="uniform"):
     """topk_weights [T, K] fp32 that sum to 1 for a token, and topk_ids [T, K] int32, distinct for a token.
 
     "uniform": every expert is as likely. "zipf": expert e with a probability proportional to 1 / (e + 1), drawn without
-    replacement (Gumbel top-k).
+    replacement (Gumbel top-k). "same": all tokens choose the first K experts, each in an order of its own.
     """
     generator = make_generator(device, seed=1)
     uniform = torch.rand((num_tokens, num_experts), device=device, generator=generator).clamp_(1e-9, 1 - 1e-6)
     if routing == "zipf":
         log_probability = -torch.log(torch.arange(1, num_experts + 1, device=device, dtype=torch.float32))
         uniform = log_probability - torch.log(-torch.log(uniform))
+    elif routing == "same":
+        uniform[:, top_k:] = -1.0
     topk_ids = uniform.topk(top_k, dim=-1).indices.to(torch.int32)
     topk_weights = torch.rand((num_tokens, top_k), device=device, generator=generator) + 0.1
     return topk_weights / topk_weights.sum(-1, keepdim=True), topk_ids

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from . import memory, stages
 from . import peers as peers_module
-from . import stages
-from .inputs import forward_call, make_inputs, train_call
+from .inputs import forward_call, train_call
 from .limits import Limits
 from .reference import check_layer
 from .timing import first_line, measure
@@ -30,28 +30,6 @@ class Options(NamedTuple):
     budget_s: float
 
 
-def memory_use(function, device):
-    """MB that a call allocates at most beyond what is there before it; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    function()  # workspaces of the libraries stay allocated after their first call
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
-
-
-def kept_memory(layer, device):
-    """MB that a forward keeps for its backward, besides its output; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated()
-    output = layer()
-    return round((torch.cuda.memory_allocated() - before - output.nbytes) / 1e6, 1)
-
-
 def touched_bytes(shape, inputs):
     """Bytes of the weights of the experts that the routing chose."""
     return inputs.topk_ids.unique().numel() * shape.weights_per_expert * inputs.gate_up_proj.element_size()
@@ -67,10 +45,10 @@ def floor_ms(shape, inputs, pass_name, limits, dense_ms):
 
 
 def row(key, impl, timing, floor, **measured):
-    """One row of the results file."""
-    return {**key, "impl": impl, "ms": round(timing.ms, 5), "floor_ms": round(floor, 5),
-            "share": round(floor / timing.ms, 4), "tflop_per_s": None, "gb_per_s": None, "peak_extra_mb": None,
-            "timing": timing.mode, **measured}
+    """One row of the results file; floor in milliseconds, or None where there is none to compare with."""
+    return {**key, "impl": impl, "ms": round(timing.ms, 5), "floor_ms": None if floor is None else round(floor, 5),
+            "share": None if floor is None else round(floor / timing.ms, 4), "tflop_per_s": None, "gb_per_s": None,
+            "peak_extra_mb": None, "timing": timing.mode, **measured}
 
 
 def _layer_calls(shape, inputs, pass_name, options):
@@ -83,9 +61,9 @@ def _layer_calls(shape, inputs, pass_name, options):
             bound = bound.training() if train else bound
             layer = peer.bind(bound)
             function = train_call(layer, bound) if train else forward_call(layer)
-            known = {"peak_extra_mb": memory_use(function, options.device)}
-            if train:
-                known["kept_mb"] = kept_memory(layer, options.device)
+            known = memory.fields(shape, bound, memory.call_memory(function, options.device), *(
+                (memory.kept_memory(layer, options.device), memory.backward_memory(layer, bound, options.device))
+                if train else ()))
             if peer is ours:
                 known["relative_error"] = round(check_layer(inputs, peer.bind, train), 6)
             calls[peer.name] = (function, known)
@@ -126,7 +104,7 @@ def layer_rows(shape, inputs, pass_name, options):
 
 
 def expert_stage_rows(shape, inputs, options):
-    """Rows of up_proj, down_proj and combine on one case: ours and torch's own operators."""
+    """Rows of up_proj, down_proj, combine and permute on one case: ours and torch's own operators."""
     rows = []
     num_tokens, top_k = inputs.topk_ids.shape
     products = num_tokens * top_k * shape.hidden_size * shape.intermediate_size
@@ -134,7 +112,7 @@ def expert_stage_rows(shape, inputs, options):
     hidden_bytes = inputs.hidden_states.nbytes
     for stage, functions in stages.expert_stages(inputs).items():
         functions = {name: forward_call(function) for name, function in functions.items()}
-        if stage != "combine":
+        if stage not in stages.COPYING_STAGES:
             functions[DENSE] = stages.dense_products(inputs, (stage,))
         timings = measure(functions, options.device, options.budget_s / 2,
                           capture=lambda name: name != "torch" or options.dtype == torch.bfloat16)
@@ -171,13 +149,3 @@ def routing_rows(routing, options):
 
 def _stage_key(name, num_tokens, stage, dtype_name, routing):
     return {"shape": name, "num_tokens": num_tokens, "pass": f"stage:{stage}", "dtype": dtype_name, "routing": routing}
-
-
-def case_rows(shape, num_tokens, weights, passes, options):
-    """Rows of one number of tokens, pass by pass: yields (pass, function that measures it)."""
-    inputs = make_inputs(shape, num_tokens, weights, options.routing)
-    for pass_name in shape.passes(num_tokens):
-        if pass_name in passes:
-            yield pass_name, lambda pass_name=pass_name: layer_rows(shape, inputs, pass_name, options)
-    if "stages" in passes and shape.has_stages(num_tokens):
-        yield "stages", lambda: expert_stage_rows(shape, inputs, options)

@@ -9,6 +9,7 @@ from .results_file import ROOT
 OURS, PEER = "moe_kernels", "hf_grouped_mm"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_RESULTS = "No results are stored yet: `python -m bench --save` measures the card that it runs on."
+MEMORY_FIELDS = {"extra_over_rows": "peak memory", "backward_extra_over_rows": "peak memory of the backward"}
 TITLES = {"forward": "Forward", "train": "Forward and backward, all gradients",
           "decode": "Decode (forward, caches cold)"}
 
@@ -108,6 +109,59 @@ def _model_table(models):
     return lines
 
 
+def _span(values):
+    """The smallest and the largest of some numbers, in words."""
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _memory_lines(results):
+    """Two lines about memory, of the rows that know it."""
+    texts = {"extra_over_rows": "Memory beyond weights and inputs at the highest point of an inference",
+             "backward_extra_over_rows": "Memory beyond what training keeps and the gradients, at that of a backward"}
+    lines = []
+    for field, text in texts.items():
+        values = [row[field] for row in results if row["impl"] == OURS and row.get(field) is not None]
+        if values:
+            lines += ["", f"{text}: {_span(values)} times S*(I + H) elements."]
+    return lines
+
+
+def _host_lines(results):
+    """A line for each pass: the host's time of a call in elementwise operations, ours and each peer's."""
+    lines = []
+    for pass_name, title in (("host:forward", "one forward"), ("host:train", "one forward and backward")):
+        cases_of = {}
+        for row in results:
+            if row["pass"] == pass_name:
+                case = tuple(row[name] for name in results_file.ROW_KEY[:-1])
+                cases_of.setdefault(case, []).append(f"{row['impl']} {row['in_operations']:.1f}")
+        lines += [line for case, texts in cases_of.items() for line in (
+            "", f"Host time of {title} without a CUDA graph, {case[0]} with {case[1]} tokens, in elementwise torch "
+                f"operations (x * 2): {', '.join(texts)}.")]
+    return lines
+
+
+def _skew_table(results):
+    """A Markdown table of skewed routing: the time over that of uniform routing, forward and with the backward."""
+    ratios = {}
+    for row in results:
+        if row["pass"].startswith("skew:") and row["impl"] == OURS:
+            case = ratios.setdefault((row["shape"], row["num_tokens"]), {})
+            case[row["pass"][5:], row["routing"]] = row["over_uniform"]
+    if not ratios:
+        return []
+    columns = [(pass_name, routing) for routing in ("zipf", "same") for pass_name in ("forward", "train")]
+    lines = ["", "Skewed routing, time over that of uniform routing: a Zipf load (exponent 1), and all tokens on the "
+                 "same K experts:", "",
+             "| shape | tokens | Zipf, forward | Zipf, with backward | same, forward | same, with backward |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for (shape, num_tokens), found in ratios.items():
+        cells = (f"{found[column]:.2f}" if column in found else "-" for column in columns)
+        lines.append(f"| {shape} | {num_tokens} | {' | '.join(cells)} |")
+    return lines
+
+
 def card_section(content, name):
     """README's lines about one card."""
     limits, results = content["limits"], content["results"]
@@ -128,7 +182,8 @@ def card_section(content, name):
         for pass_name, title in TITLES.items():
             if rows_of(results, pass_name, dtype, routing):
                 lines += ["", f"{title}, {dtype}, {routing} routing:", "", *_table(results, pass_name, dtype, routing)]
-    lines += _stage_table(results) + _model_table(content.get("models"))
+    lines += _stage_table(results) + _skew_table(results) + _memory_lines(results) + _host_lines(results)
+    lines += _model_table(content.get("models"))
     if any(row["timing"] == "eager" and row["impl"] == PEER for row in results):
         lines += ["", "\\* called without a CUDA graph, which it could not be captured into."]
     return lines + ["", f"![{content['card']}](bench/results/{name}.png)"]

@@ -12,7 +12,8 @@ import torch
 from . import cases, peers, report, results_file
 from .inputs import DTYPES, make_weights
 from .limits import measure_limits
-from .measure import OURS, Options, case_rows, routing_rows
+from .measure import OURS, Options, routing_rows
+from .passes import case_rows
 from .timing import first_line
 
 BUDGET_S = 0.6  # for all rounds of one measure
@@ -23,7 +24,7 @@ class Run:
 
     def __init__(self, arguments, tests):
         self.arguments, self.tests = arguments, tests
-        self.rows, self.failures, self.left_out = [], [], []
+        self.rows, self.failures, self.left_out, self.models = [], [], [], None
         self.begin = time.perf_counter()
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and not torch.cuda.is_available():
@@ -70,12 +71,21 @@ class Run:
             print(line, flush=True)
         self.store()
 
+    def measure_models(self):
+        """Whole models of transformers, beside its own backends."""
+        from . import models
+
+        self.models = models.measure_models(self.options.dtype, self.device, self.quick, self.options.budget_s * 5)
+        for line in models.lines(self.models):
+            print(line, flush=True)
+        return []
+
     def content(self):
         """The results file."""
         return {"card": self.card, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "source_hash": results_file.source_hash(), "versions": versions(),
                 "limits": self.options.limits.as_json(), "tests": self.tests, "failures": self.failures,
-                "results": self.rows}
+                "models": self.models, "results": self.rows}
 
     def store(self):
         """Writes the results file, with the rows that an earlier run on the same sources has beside ours."""
@@ -103,14 +113,27 @@ def versions():
     return found
 
 
+def extra_line(row):
+    """A printed line for a row of skewed routing or of host time."""
+    start = f"{row['shape']:17} {row['num_tokens']:6} {row['pass']:16} {row['impl']:18} {row['ms']:9.4f} ms "
+    if row["pass"].startswith("skew:"):
+        return f"{start} {row['routing']} routing: {row['over_uniform']:.2f} times the time of uniform routing"
+    return f"{start} of the host a call: {row['in_operations']:.1f} elementwise operations"
+
+
 def row_lines(rows):
     """A printed line for each row; ours tells how many times as fast it is as each other implementation."""
     for row in rows:
+        if row["pass"].startswith(("skew:", "host:")):
+            yield extra_line(row)
+            continue
         memory = row["tflop_per_s"] is None
         speed = f"{row['gb_per_s']:8.1f} GB/s   " if memory else f"{row['tflop_per_s']:8.1f} TFLOP/s"
         others = [other for other in rows if other["pass"] == row["pass"] and row["impl"] == OURS != other["impl"]]
         ratios = "".join(f"  {other['ms'] / row['ms']:.2f}x {other['impl']}" for other in others)
         error = f"  error {row['relative_error']:.4f}" if "relative_error" in row else ""
+        error += "".join(f"  {name} {row[field]:.2f} S*(I+H)" for field, name in report.MEMORY_FIELDS.items()
+                         if row.get(field) is not None)
         mode = "" if row["timing"] == "graph" else f"  ({row['timing']})"
         yield (f"{row['shape']:17} {row['num_tokens']:6} {row['pass']:16} {row['impl']:18} {row['ms']:9.4f} ms "
                f"{speed}  share {row['share']:.2f}{ratios}{error}{mode}")
@@ -125,8 +148,8 @@ def free(device):
 
 def measure_shape(current, shape, passes):
     """All cases of a shape, with one set of weights."""
-    wanted = [num_tokens for num_tokens in shape.num_tokens
-              if set(shape.passes(num_tokens)) & set(passes) or ("stages" in passes and shape.has_stages(num_tokens))]
+    wanted = [num_tokens for num_tokens in shape.every_num_tokens()
+              if {*shape.passes(num_tokens), *shape.extra_passes(num_tokens)} & set(passes)]
     limit = current.arguments.time_limit
     if not wanted or (limit is not None and current.seconds() > limit):
         current.left_out += [f"{shape.name} {num_tokens}" for num_tokens in wanted]
@@ -142,13 +165,16 @@ def measure_shape(current, shape, passes):
 def run(arguments, tests, write_reports):
     """Measures what the command line asks for; returns the exit status: 1 if anything failed."""
     current = Run(arguments, tests)
-    shapes, routings = cases.select(arguments.shape, current.quick and arguments.shape is None)
+    shapes, routings = ((), ()) if arguments.models else cases.select(
+        arguments.shape, current.quick and arguments.shape is None)
     passes = arguments.passes or cases.PASSES
     gc.collect()
     gc.freeze()  # collections between captures need not walk the imported libraries
     for routing in routings if "stages" in passes else ():
         current.measure(f"{routing.name} {routing.num_tokens}",
                         lambda routing=routing: routing_rows(routing, current.options))
+    if arguments.models:
+        current.measure("models", current.measure_models)
     for shape in shapes:
         measure_shape(current, shape, passes)
         free(current.device)

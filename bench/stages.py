@@ -1,6 +1,6 @@
 """Each stage as a function of no arguments: ours, and the same in torch's own operators. Also the dense floors.
 
-    gate -> plan -> up_proj -> down_proj -> combine
+    gate -> plan -> up_proj -> down_proj -> combine; permute stands alone
 """
 
 import torch
@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from .inputs import make_generator, normal
 
-ROUTING_STAGES = ("gate", "plan", "gate+plan")
-EXPERT_STAGES = ("up_proj", "down_proj", "combine")
+COPYING_STAGES = ("combine", "permute")  # they move S*H and T*H elements, and multiply nothing to speak of
 
 
 def operators(tensor):
@@ -59,7 +58,7 @@ def routing_stages(routing, device):
 
 
 def expert_stages(inputs):
-    """stage -> (implementation -> function) for up_proj, down_proj and combine, on the inputs of a layer."""
+    """stage -> (implementation -> function) for up_proj, down_proj, combine and permute, on the inputs of a layer."""
     import moe_kernels
 
     hidden, gate_up, down, weights, ids = inputs[:5]
@@ -84,6 +83,7 @@ def expert_stages(inputs):
                       "torch": lambda: F.grouped_mm(rows, down.transpose(1, 2), offs=ends)},
         "combine": {"moe_kernels": lambda: moe_kernels.unpermute(expert_rows, plan, weights),
                     "torch": lambda: (expert_rows[slot_rows] * weights[..., None]).sum(1).to(hidden.dtype)},
+        "permute": {"moe_kernels": lambda: moe_kernels.permute(hidden, plan), "torch": lambda: hidden[order // top_k]},
     }
 
 

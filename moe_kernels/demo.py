@@ -93,8 +93,9 @@ def _write(trainer, prompt):
     trainer.model.eval()
     generator = torch.Generator(trainer.device).manual_seed(0)
     print(f"\nText after {prompt!r}:\n{prompt}", end="")
-    for text in stream_text(trainer.model, prompt, 240, temperature=0.6, top_p=0.95, generator=generator):
-        print(text, end="", flush=True)
+    with trainer.autocast():
+        for text in stream_text(trainer.model, prompt, 240, temperature=0.6, top_p=0.95, generator=generator):
+            print(text, end="", flush=True)
     print("\n")
 
 

@@ -1,7 +1,7 @@
 """Trains the reference transformer on bytes: AdamW, warm-up and cosine, balance without an auxiliary loss.
 
-One step: a batch of blocks, forward and backward (bf16 under autocast on a GPU), clipped gradients, AdamW on fp32
-weights, then the routers' biases move against the loads of the step. A run is a folder of checkpoints, and goes on from
+One step: a batch of blocks, forward and backward (bf16 under autocast on a GPU, where they are a CUDA graph), clipped
+gradients, AdamW on fp32 weights, then the routers' biases move against the loads of the step. A run is a folder of checkpoints, and goes on from
 any of them with the very losses that it would have had.
 """
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import balance, checkpoint, data
 from .errors import UserError
+from .graphed import GraphedStep
 from .model import ModelConfig, MoETransformer
 
 _RECORDED_STEPS = 500  # of how many steps, about, a run keeps the experts' loads
@@ -96,6 +97,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = MoETransformer(_config(options)).to(self.device)
         self.optimizer = make_optimizer(self.model, options)
+        self._gradients = GraphedStep(self._clipped_gradients, self.device)
         self.step = 0
         self.history = {"losses": [], "validation": []}
         self.loads = balance.LoadStatistics()
@@ -143,20 +145,26 @@ class Trainer:
         self.model.train()
         tokens = self.blocks.batch(options.batch_size).to(self.device)
         with _deterministic(self.device):
-            with self.autocast():
-                loss = self.model.loss(tokens)
-            loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+            loss = self._gradients(tokens)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self._gradients.keeps_gradients:
+            self.optimizer.zero_grad(set_to_none=True)
         loads = balance.update_biases(self.model, options.bias_step)
         self.step += 1
-        self._pending.append(loss.next_token.detach())
+        self._pending.append(loss)
         if self.step % max(1, options.steps // _RECORDED_STEPS) == 0:
             self.loads.record(self.step, loads)
         if len(self._pending) >= 10:
             self._flush()
         return loads
+
+    def _clipped_gradients(self, tokens):
+        """Leaves the clipped gradients of a batch in the parameters; returns its loss, without the parts added to it."""
+        with self.autocast(cache=False):
+            loss = self.model.loss(tokens)
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        return loss.next_token.detach()
 
     @torch.no_grad()
     def evaluate(self):
@@ -169,11 +177,14 @@ class Trainer:
             total += loss.item() * tokens.shape[0]
         return total / self.validation.shape[0] / math.log(2)
 
-    def autocast(self):
-        """bf16 where the options ask for it, by default on a GPU; weights, residual stream and routing stay fp32."""
+    def autocast(self, cache=True):
+        """bf16 where the options ask for it, by default on a GPU; weights, residual stream and routing stay fp32.
+
+        cache: whether casts of weights are kept until its end; a CUDA graph has to hold the casts themselves.
+        """
         wanted = self.options.dtype
         enabled = wanted == "bf16" or wanted == "auto" and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
     def save(self):
         """Writes a checkpoint of this moment; its path, or None for a run without a folder."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
-from bench import cases, peers, report, results_file
+from bench import cases, host_time, memory, peers, report, results_file
 from bench.__main__ import main
 from bench.inputs import Inputs, make_inputs, make_routing, make_weights
 from bench.limits import Limits
@@ -60,6 +61,22 @@ def test_select():
         cases.select("nothing-like-it")
 
 
+def test_extra_cases():
+    shape = cases.select("qwen3-30b")[0][0]
+    assert shape.every_num_tokens() == [1, 16, 64, 128, 1024, 8192, 32768]
+    assert shape.passes(64) == () and shape.extra_passes(64) == ("host",)
+    assert shape.passes(8192) == ("forward", "train") and shape.extra_passes(8192) == ("stages", "skew")
+    known = {(shape.name, num_tokens) for shape in cases.SHAPES + cases.QUICK_SHAPES for num_tokens in shape.num_tokens}
+    assert cases.EXTRA_CASES["stages"] | cases.EXTRA_CASES["skew"] <= known
+
+
+def test_all_tokens_on_the_same_experts():
+    weights, ids = make_routing(100, 16, 4, torch.device("cpu"), "same")
+    assert all(sorted(row) == [0, 1, 2, 3] for row in ids.tolist())
+    assert ids.unique(dim=0).shape[0] > 4  # each in an order of its own
+    torch.testing.assert_close(weights.sum(-1), torch.ones(100))
+
+
 @pytest.mark.parametrize("routing", ["uniform", "zipf"])
 def test_routing_is_distinct_and_weights_sum_to_one(routing):
     weights, ids = make_routing(500, 16, 4, torch.device("cpu"), routing)
@@ -104,6 +121,41 @@ def test_measure_orders_a_slow_and_a_fast_function(device):
     timings = measure({"slow": lambda: [a @ a for _ in range(20)], "fast": lambda: a + 1.0}, torch.device(device))
     assert timings["slow"].ms > timings["fast"].ms > 0
     assert {timing.mode for timing in timings.values()} == {"graph" if device == "cuda" else "cpu"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_host_time_counts_operations(device):
+    small = torch.zeros(64, device=device)
+    times = host_time.host_times({"one": lambda: small * 2, "ten": lambda: [small * 2 for _ in range(10)]},
+                                 torch.device(device), rounds=9)
+    assert 0.2 < times["one"][1] < 5 < times["ten"][1] < 50 and times["ten"][0] > times["one"][0] > 0
+
+
+def test_memory_fields():
+    inputs = make_fake_inputs(QUICK, 32)
+    rows = 2 * 32 * QUICK.top_k * (QUICK.hidden_size + QUICK.intermediate_size)
+    assert memory.rows_bytes(QUICK, inputs) == rows
+    assert memory.fields(QUICK, inputs, None) == {"peak_extra_mb": None}
+    assert memory.fields(QUICK, inputs, 3 * rows)["extra_over_rows"] == 3
+    train = memory.fields(QUICK, inputs, rows, 2_000_000, rows // 2)
+    assert train["kept_mb"] == 2.0 and train["backward_extra_over_rows"] == 0.5 and "extra_over_rows" not in train
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the CPU's memory is not counted")
+def test_memory_of_calls():
+    x = torch.zeros(1 << 20, device="cuda")
+    device = x.device
+    assert memory.call_memory(lambda: (x + 1).sum(), device) == pytest.approx(x.nbytes, rel=0.01)
+    leaf = x.clone().requires_grad_()
+    assert memory.kept_memory(lambda: (leaf.exp() * 2).sum(), device) == pytest.approx(x.nbytes, rel=0.01)
+    inputs = Inputs(leaf, leaf.clone(), leaf.clone(), leaf.clone(), None, x)
+
+    def layer():
+        scratch = torch.utils.checkpoint.checkpoint(torch.exp, leaf, use_reentrant=False)
+        return scratch + sum(other.exp() for other in inputs.leaves[1:])
+
+    # computed again in the backward: a tensor beside the four gradients, while those of the sum are freed
+    assert -4 * x.nbytes <= memory.backward_memory(layer, inputs, device) <= 1.01 * x.nbytes
 
 
 def test_measure_leaves_out_a_peer_that_raises(capsys):
@@ -215,6 +267,26 @@ def test_summary_has_the_geometric_mean_and_names_what_is_slower():
     assert line.endswith("slower in mixtral 8192 (0.50).")
 
 
+def test_readme_shows_skew_memory_and_host_time_where_they_were_measured():
+    plain = "\n".join(report.card_section(results_content([result_row()]), "h100"))
+    assert "Skewed" not in plain and "Host time" not in plain and "S*(I + H)" not in plain
+    extra = {"floor_ms": None, "share": None, "shape": "olmoe", "num_tokens": 4096}
+    rows = [result_row(extra_over_rows=1.04), result_row(num_tokens=32768, extra_over_rows=1.1),
+            result_row(**{"pass": "train", "backward_extra_over_rows": 0.98}),
+            result_row(impl="hf_grouped_mm", extra_over_rows=7.0),
+            result_row(**{"pass": "skew:forward", "routing": "zipf", "over_uniform": 1.03, **extra}),
+            result_row(**{"pass": "skew:forward", "routing": "same", "over_uniform": 0.91, **extra}),
+            result_row(**{"pass": "skew:train", "routing": "zipf", "over_uniform": 1.06, **extra}),
+            result_row(**{"pass": "host:forward", "in_operations": 7.62, "shape": "qwen3-30b", "num_tokens": 64}),
+            result_row(**{"pass": "host:forward", "in_operations": 37.0, "shape": "qwen3-30b", "num_tokens": 64,
+                          "impl": "hf_grouped_mm"})]
+    text = "\n".join(report.card_section(results_content(rows), "h100"))
+    assert "| olmoe | 4096 | 1.03 | 1.06 | 0.91 | - |" in text
+    assert "inference: 1.04 to 1.10 times S*(I + H) elements." in text
+    assert "backward: 0.98 times S*(I + H) elements." in text
+    assert "qwen3-30b with 64 tokens" in text and "moe_kernels 7.6, hf_grouped_mm 37.0." in text
+
+
 def test_check_tells_what_is_stale(tmp_path):
     for folder in ("csrc", "moe_kernels", "results"):
         (tmp_path / folder).mkdir()
@@ -257,10 +329,19 @@ def test_a_quick_run_from_end_to_end(device, tmp_path, capsys):
     (path, content), = results_file.read_all(results)
     ours = [row for row in content["results"] if row["impl"] == "moe_kernels"]
     assert {row["pass"] for row in ours} == {"forward", "train", "decode", *(f"stage:{stage}" for stage in (
-        "gate", "plan", "gate+plan", "up_proj", "down_proj", "combine"))}
+        "gate", "plan", "gate+plan", "up_proj", "down_proj", "combine", "permute")),
+        "skew:forward", "skew:train", "host:forward", "host:train"}
     assert content["tests"]["passed"] == 5 and all(row["ms"] > 0 for row in content["results"])
-    assert all(0 < row["relative_error"] < 0.02 for row in ours if not row["pass"].startswith("stage:"))
-    assert all(row["timing"] == ("graph" if device == "cuda" else "cpu") for row in ours)
+    layers = [row for row in ours if ":" not in row["pass"]]
+    assert all(0 < row["relative_error"] < 0.02 for row in layers)
+    assert all(row["timing"] == ("graph" if device == "cuda" else "cpu") for row in ours
+               if not row["pass"].startswith("host:"))
+    assert all(("extra_over_rows" in row) == (device == "cuda" and row["pass"] != "train") for row in layers)
+    assert all(("backward_extra_over_rows" in row) == (device == "cuda" and row["pass"] == "train") for row in layers)
+    skewed = [row for row in ours if row["pass"].startswith("skew:")]
+    assert [row["routing"] for row in skewed] == ["zipf", "same"] * 2 and all(row["over_uniform"] > 0 for row in skewed)
+    text = readme.read_text()
+    assert "Skewed routing" in text and "one forward and backward without a CUDA graph" in text
     if importlib.util.find_spec("matplotlib"):
         assert path.with_suffix(".png").stat().st_size > 1000
     assert main(["--check", *places]) == 0

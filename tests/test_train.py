@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_kernels import balance, checkpoint, data, plots
+from moe_kernels import balance, checkpoint, data, graphed, plots
 from moe_kernels.errors import UserError
 from moe_kernels.model import moe_layers
 from moe_kernels.train import Options, Trainer, learning_rate, make_optimizer
@@ -53,6 +53,28 @@ def test_resumed_run_has_the_losses_of_the_uninterrupted(finished, stopped, text
         want, got = (load_file(run.out / "step-00000006" / file) for run in (finished, resumed))
         assert want.keys() == got.keys()
         assert all(torch.equal(want[name], got[name]) for name in want), file
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a step is a graph on a GPU alone")
+def test_graphed_steps_have_the_bits_of_eager_ones(texts, monkeypatch):
+    def run(eager_steps):
+        monkeypatch.setattr(graphed, "_EAGER_STEPS", eager_steps)
+        trainer = Trainer(replace(SMALL, steps=9), None, "cuda", texts, progress=False)
+        trainer.run()
+        assert trainer._gradients.keeps_gradients == (eager_steps < 9)
+        return trainer
+
+    captured, eager = run(3), run(9)
+    assert captured.history == eager.history and len(captured.history["losses"]) == 9
+    for ours, theirs in zip(captured.model.parameters(), eager.model.parameters()):
+        assert torch.equal(ours, theirs)
+    for name in eager.loads.layers:
+        assert torch.equal(captured.loads.tokens_per_expert(name), eager.loads.tokens_per_expert(name))
+
+
+def test_a_step_on_the_cpu_is_the_function_itself():
+    step = graphed.GraphedStep(lambda x: 2 * x, torch.device("cpu"))
+    assert [step(torch.tensor(value)).item() for value in range(6)] == [0, 2, 4, 6, 8, 10] and not step.keeps_gradients
 
 
 def test_checkpoint_holds_optimiser_random_states_loads_and_place(finished):

@@ -1,0 +1,69 @@
+"""How long the host is busy with one call of the layer outside a CUDA graph, in elementwise torch operations.
+
+The unit, `x * 2` of a small tensor, is timed in the same rounds: hosts differ, and the cost of a launch with them.
+"""
+
+import statistics
+import time
+
+import torch
+
+from . import peers as peers_module
+from .inputs import forward_call, make_inputs, train_call
+from .measure import OURS, row
+from .timing import Timing
+
+CALLS = 8  # in a row before the GPU is waited for: its queue takes all their launches
+UNIT_CALLS = 100
+ROUNDS = 15
+
+
+def _ms_a_call(function, calls, device):
+    """Milliseconds of the host a call; on a GPU nothing is waited for inside."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    elapsed = time.perf_counter() - begin
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * elapsed / calls
+
+
+def host_times(functions, device, rounds=ROUNDS):
+    """name -> (median milliseconds of the host a call, the same in elementwise operations)."""
+    small = torch.zeros(64, device=device)
+    calls = {"unit": (lambda: small * 2, UNIT_CALLS), **{name: (call, CALLS) for name, call in functions.items()}}
+    times = {name: [] for name in calls}
+    for call, _ in calls.values():
+        for _ in range(3):
+            call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for _ in range(rounds):
+        for name, (call, count) in calls.items():
+            times[name].append(_ms_a_call(call, count, device))
+    unit = statistics.median(times.pop("unit"))
+    return {name: (statistics.median(found), statistics.median(found) / unit) for name, found in times.items()}
+
+
+def host_rows(shape, num_tokens, weights, options):
+    """Rows of ours and of the peers: one forward call, and one forward and backward where the shape trains."""
+    rows = []
+    inputs = make_inputs(shape, num_tokens, weights, options.routing)
+    everyone = [peers_module.Peer(OURS, peers_module.bind_ours), *options.peers]
+    for pass_name in ("forward", "train") if shape.trains else ("forward",):
+        calls = {peer.name: _call(peer, inputs, pass_name) for peer in everyone}
+        key = {"shape": shape.name, "num_tokens": num_tokens, "pass": f"host:{pass_name}", "dtype": options.dtype_name,
+               "routing": options.routing}
+        rounds = ROUNDS if options.device.type == "cuda" else 3
+        for name, (ms, operations) in host_times(calls, options.device, rounds).items():
+            rows.append(row(key, name, Timing(ms, "host", rounds), None, in_operations=round(operations, 2)))
+    return rows
+
+
+def _call(peer, inputs, pass_name):
+    bound = inputs if peer.name == OURS else peer.inputs(inputs)
+    if pass_name == "forward":
+        return forward_call(peer.bind(bound))
+    leaves = bound.training()
+    return train_call(peer.bind(leaves), leaves)
