@@ -503,6 +503,10 @@ def test_routers_that_the_gate_does_not_serve_are_left():
     gate.forward = gate.forward
     assert "left 1 x model.layers.*.mlp.gate: MixtralTopKRouter, whose forward was set on the object" in str(
         mk.replace_moe_layers(set_on_object))
+    quantized = tiny.build("mixtral")
+    quantized.model.layers[1].mlp.experts.to(torch.float8_e4m3fn)
+    assert "left 1 x model.layers.*.mlp.experts: MixtralExperts, with weights of float8_e4m3fn" in str(
+        mk.replace_moe_layers(quantized))
 
 
 def test_copies_and_pickles_of_replaced_layers():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
 from .backend import NAME, experts_forward, experts_interface, is_experts, plan_of
 
 # ------------------------------------------------------------------------------------------------------ the routers
@@ -228,30 +228,39 @@ def _refuse(model, has_experts):
                      f"{instead}")
 
 
+def _hindrance(child, kind, differences):
+    """Why a router or experts stay as they are, in words, or None. differences: what was found before, by settings."""
+    if "forward" in vars(child):
+        return "whose forward was set on the object, as expert parallelism and accelerate do"
+    if kind is None:
+        dtype = child.down_proj.dtype
+        return None if dtype in checks.FLOAT_DTYPES else f"with weights of {str(dtype).removeprefix('torch.')}"
+    settings = {name: value for name, value in vars(child).items() if isinstance(value, (int, float, str))}
+    key = (type(child), type(getattr(child, "score_fn", None)), *sorted(settings.items()), child.weight.shape)
+    if key not in differences:
+        differences[key] = _difference(child, kind)
+    return differences[key]
+
+
 def _replace_child(name, child, report, differences):
     """Replaces one child of a block, or says why not."""
     kind, label = _kind_of(child), type(child).__name__
     if isinstance(child, _Ours):
         report.left.append((name, "replaced before"))
-    elif "forward" in vars(child) and (is_experts(child) or kind is not None):
-        report.left.append((name, f"{label}, whose forward was set on the object, as accelerate's hooks do"))
-    elif is_experts(child):
-        route, detail = plan_of(child)
-        child.__class__ = _our_class(type(child))
-        how = ", ".join(str(value) for value in detail.values()) if route == "fused" else detail
-        report.replaced.append((name, f"{label}, {route} ({how})"))
-    elif kind is not None:
-        settings = {key: value for key, value in vars(child).items() if isinstance(value, (int, float, str))}
-        key = (type(child), tuple(sorted(settings.items())), tuple(child.weight.shape))
-        if key not in differences:
-            differences[key] = _difference(child, kind)
-        if differences[key] is None:
-            child.__class__ = _our_class(type(child))
-            report.replaced.append((name, f"{label}, moe_kernels.gate"))
-        else:
-            report.left.append((name, f"{label}, {differences[key]}"))
-    else:
+        return
+    if kind is None and not is_experts(child):
         report.left.append((name, f"{label}, dense"))
+        return
+    hindrance = _hindrance(child, kind, differences)
+    if hindrance is not None:
+        report.left.append((name, f"{label}, {hindrance}"))
+        return
+    how = "moe_kernels.gate"
+    if kind is None:
+        route, detail = plan_of(child)
+        how = f"{route} ({', '.join(map(str, detail.values())) if route == 'fused' else detail})"
+    child.__class__ = _our_class(type(child))
+    report.replaced.append((name, f"{label}, {how}"))
 
 
 def replace_moe_layers(model):
