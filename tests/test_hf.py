@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -531,6 +532,33 @@ def saved_and_loaded(module):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_replaced_model_under_fsdp(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model, ids = tiny.build("qwen3_moe"), tiny.token_ids()
+    expected = tiny.results_of(model, ids)
+    mk.replace_moe_layers(model)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer.mlp.experts, mesh=mesh)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        output = model(ids, use_cache=False).logits
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        ((output * weights).sum() / output.shape[-1]).backward()
+        results = {"output": output.detach(),
+                   **{name: x.grad.full_tensor() for name, x in model.named_parameters() if x.grad is not None}}
+        assert max(tiny.relative_errors(results, expected).values()) < 5e-5
+        with pytest.raises(ValueError, match="got model.layers.0.mlp.experts of class FSDPQwen3MoeExpertsOnMoeKernels"):
+            mk.restore_moe_layers(model)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_replaced_model_compiles_and_trains():
     model, ids = tiny.build("glm4_moe"), tiny.token_ids()
     mk.replace_moe_layers(model)
@@ -607,6 +635,16 @@ def test_the_table_of_families_is_current():
     if version != transformers.__version__:
         pytest.skip(f"the table was made with transformers {version}, this is {transformers.__version__}")
     assert families.table() == written, "run python -m moe_kernels.hf and put its table into docs/hugging_face.md"
+
+
+def test_the_module_prints_the_table(capsys, monkeypatch):
+    monkeypatch.setattr(families, "table", lambda: "the table")
+    runpy.run_module("moe_kernels.hf", run_name="__main__")
+    assert capsys.readouterr().out == "the table\n"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="^moe_kernels.hf wants transformers 5.7 or newer, which is not installed"):
+        runpy.run_module("moe_kernels.hf", run_name="__main__")
 
 
 def test_the_table_agrees_with_the_models():

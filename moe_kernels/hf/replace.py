@@ -294,10 +294,16 @@ def replace_moe_layers(model):
 
 
 def restore_moe_layers(model):
-    """Undoes `replace_moe_layers`. Returns: the names of the modules that have their own forward again."""
-    restored = []
-    for name, module in model.named_modules():
-        if isinstance(module, _Ours):
-            module.__class__ = module.moe_kernels_base
-            restored.append(name)
-    return restored
+    """Undoes `replace_moe_layers`.
+
+    Returns: the names of the modules that have their own forward again.
+    Raises: ValueError where something else, such as fully_shard, changed the class of a replaced module since.
+    """
+    ours = [(name, module) for name, module in model.named_modules() if isinstance(module, _Ours)]
+    for name, module in ours:
+        if "moe_kernels_base" not in vars(type(module)):
+            raise ValueError(f"restore_moe_layers wants modules as they were replaced, got {name} of class "
+                             f"{type(module).__name__}: restore before what made it so, such as fully_shard")
+    for _, module in ours:
+        module.__class__ = module.moe_kernels_base
+    return [name for name, _ in ours]
