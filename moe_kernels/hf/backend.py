@@ -206,6 +206,7 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights):
         output = ops.fused_experts(x, up, down, weights, top_k_index, gate_up_bias=up_bias, down_bias=down_bias,
                                    **detail)
         return output.to(hidden_states.dtype)
+    (x,) = ops._autocast(x)  # before its rows are copied
     plan = ops.make_plan(top_k_index, up.shape[0])
     transpose_b = not module.is_transposed
     rows = ops.grouped_mm(ops.permute(x, plan), up, plan.expert_offsets, up_bias, transpose_b)
