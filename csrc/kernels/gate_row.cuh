@@ -34,7 +34,8 @@ struct RowLayout {
   static_assert(kValues % kVector == 0 && kValues <= 32, "whole vectors, and one mask bit a value");
 
   static __device__ __forceinline__ int expert(int lane, int i) {
-    return kVector * (lane + kWarpSize * (i / kVector)) + i % kVector;
+    const unsigned value = i;  // unsigned, so that the divisions are shifts
+    return kVector * (lane + kWarpSize * (value / kVector)) + value % kVector;
   }
 };
 
@@ -47,14 +48,28 @@ struct alignas(sizeof(T) * kVector) LogitVector {
   T values[kVector];
 };
 
+template <typename T, typename Layout>
+__device__ __forceinline__ void load_whole_row(const T* __restrict__ row, int lane, float (&x)[Layout::kValues]) {
+  using Vector = LogitVector<T, Layout::kVector>;
+  Vector loaded[Layout::kChunks];
+#pragma unroll
+  for (int c = 0; c < Layout::kChunks; ++c) {
+    loaded[c] = *reinterpret_cast<const Vector*>(row + Layout::expert(lane, c * Layout::kVector));
+  }
+#pragma unroll
+  for (int i = 0; i < Layout::kValues; ++i) x[i] = to_float(loaded[i / Layout::kVector].values[i % Layout::kVector]);
+}
+
 // x = row[expert(lane, i)], `padding` past the last expert. An aligned row of E % kVector == 0 numbers is read as
-// vectors.
+// vectors, one of Layout::kExperts numbers without any choice to make.
 template <typename T, typename Layout>
 __device__ __forceinline__ void load_row(const T* __restrict__ row, int num_experts, int lane, float padding,
                                          float (&x)[Layout::kValues]) {
   using Vector = LogitVector<T, Layout::kVector>;
   const bool aligned = num_experts % Layout::kVector == 0 && reinterpret_cast<uintptr_t>(row) % alignof(Vector) == 0;
-  if (aligned) {
+  if (aligned && num_experts == Layout::kExperts) {
+    load_whole_row<T, Layout>(row, lane, x);
+  } else if (aligned) {
     Vector loaded[Layout::kChunks];
 #pragma unroll
     for (int c = 0; c < Layout::kChunks; ++c) {
@@ -75,19 +90,20 @@ __device__ __forceinline__ void load_row(const T* __restrict__ row, int num_expe
   }
 }
 
+template <typename T, typename Layout>
+__device__ __forceinline__ void load_logits_of(const void* logits, int64_t token, int num_experts, int lane,
+                                               float (&x)[Layout::kValues]) {
+  // -inf adds nothing to a softmax
+  load_row<T, Layout>(static_cast<const T*>(logits) + token * num_experts, num_experts, lane, -INFINITY, x);
+}
+
 template <typename Layout>
 __device__ __forceinline__ void load_logits(const void* logits, DType dtype, int64_t token, int num_experts, int lane,
                                             float (&x)[Layout::kValues]) {
-  const int64_t offset = token * num_experts;
-  const float padding = -INFINITY;  // adds nothing to a softmax
   switch (dtype) {
-    case DType::kFloat32:
-      return load_row<float, Layout>(static_cast<const float*>(logits) + offset, num_experts, lane, padding, x);
-    case DType::kBFloat16:
-      return load_row<__nv_bfloat16, Layout>(static_cast<const __nv_bfloat16*>(logits) + offset, num_experts, lane,
-                                             padding, x);
-    case DType::kFloat16:
-      return load_row<__half, Layout>(static_cast<const __half*>(logits) + offset, num_experts, lane, padding, x);
+    case DType::kFloat32: return load_logits_of<float, Layout>(logits, token, num_experts, lane, x);
+    case DType::kBFloat16: return load_logits_of<__nv_bfloat16, Layout>(logits, token, num_experts, lane, x);
+    case DType::kFloat16: return load_logits_of<__half, Layout>(logits, token, num_experts, lane, x);
   }
 }
 

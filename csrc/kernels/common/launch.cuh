@@ -18,14 +18,6 @@ inline bool launches_overlap() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
 }
 
-// Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "current device");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-  return count;
-}
-
 // Launches a kernel every thread of which calls wait_for_previous_kernels before it reads or writes global memory. Its
 // blocks then take their places while the last ones of the kernel before are still at work.
 template <typename... Parameters, typename... Arguments>

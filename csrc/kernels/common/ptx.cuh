@@ -38,18 +38,6 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
-// x, of which the compiler does not know that it is the same: what follows from it is computed or loaded here and now, not
-// ahead of a loop, where it would keep registers.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-template <typename T>
-__device__ __forceinline__ T* opaque(T* x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
-
 // count - (other > mine): the borrow of a subtraction, three instructions where a comparison and an addition take four.
 __device__ __forceinline__ int subtract_if_larger(int count, unsigned long long other, unsigned long long mine) {
   asm("{\n"
@@ -64,8 +52,8 @@ __device__ __forceinline__ int subtract_if_larger(int count, unsigned long long 
   return count;
 }
 
-// Returns when the kernels before this one in the stream are complete and what they wrote is seen. Nothing is to be read
-// or written before it, unless the kernel was launched the ordinary way.
+// Returns when the kernels before this one in the stream are complete and what they wrote is seen. Nothing is to be
+// read or written before it, unless the kernel was launched the ordinary way.
 __device__ __forceinline__ void wait_for_previous_kernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
