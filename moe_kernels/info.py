@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from . import ops
+from . import ops, schemas
 from .model import ModelConfig, count_parameters
 
 BYTES_A_PARAMETER = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5}  # weights alone, without the scales of fp8 and fp4
@@ -70,8 +70,19 @@ def machine_lines():
         card = torch.cuda.get_device_properties(index)
         lines.append(f"card {index}            {card.name}, compute capability {card.major}.{card.minor}, "
                      f"{card.total_memory / 1e9:.0f} GB")
-        lines += _stage_lines(f"cuda:{index}", _why_not(build, index))
+        why_not = _why_not(build, index)
+        lines += _stage_lines(f"cuda:{index}", why_not)
+        if why_not is None:
+            lines.append(f"  products   {_engine(10 * card.major + card.minor)}")
     return lines
+
+
+def _engine(capability):
+    """Which engine of the compiled module computes the grouped products on a card of this compute capability."""
+    many, few = (schemas.compiled_module.choose_engine(rows, 1, capability) for rows in (1024, 1))
+    if many == "sm90":
+        return f"sm_90a engine (wgmma, TMA); where experts have few rows {few.replace('sm', 'sm_')} engine (mma.sync)"
+    return "sm_80 engine (mma.sync)"
 
 
 def _module_text(build, built):

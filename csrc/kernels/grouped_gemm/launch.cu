@@ -11,6 +11,13 @@ namespace {
 std::atomic<TileChoice> forced_tile{TileChoice::kAuto};
 std::atomic<Engine> forced_engine{Engine::kAuto};
 
+// Whether sm_90a code is in this build; without it the kernels of that engine are empty.
+#ifdef MOE_SM90A
+constexpr bool kHasSm90 = true;
+#else
+constexpr bool kHasSm90 = false;
+#endif
+
 DeviceLimits query_limits(int device) {
   DeviceLimits limits{};
   auto attribute = [&](cudaDeviceAttr which) {
@@ -49,8 +56,10 @@ void force_engine(Engine engine) { forced_engine.store(engine, std::memory_order
 Engine choose_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits) {
   const Engine forced = forced_engine.load(std::memory_order_relaxed);
   constexpr int64_t kMostRows = int64_t{1} << 30;  // of a ragged tensor map
-  if (limits.compute_capability != 90 || num_rows > kMostRows || forced == Engine::kSm80) return Engine::kSm80;
+  const bool possible = kHasSm90 && limits.compute_capability == 90 && num_rows <= kMostRows;
+  if (!possible || forced == Engine::kSm80) return Engine::kSm80;
   if (forced == Engine::kSm90) return Engine::kSm90;
+  // Few rows: the small tiles of the sm_80 engine are at the memory's limit, and they pad less.
   return num_rows > int64_t{16} * num_experts ? Engine::kSm90 : Engine::kSm80;
 }
 
