@@ -5,19 +5,19 @@
 //   row_of_slot[s]    = row of slot s, -1 for an id outside [0, E)                              [S] int32
 //
 // Slots are cut into chunks, one a block, at most kMaxBlocks. Two launches:
-//   count  a block counts its chunk's slots of each expert; the counts go to the workspace, [chunks, E];
+//   count  a block counts the slots of each expert in kGroup chunks, one after the other: the table gets what it has
+//          counted before each of them, [chunks, E], and at their end, [groups, E];
 //   place  a block sorts its chunk by expert in shared memory while `count` still runs, in tiles of 128 slots a warp
 //          (32 where S is small): each warp ranks its own slots against each other, 32 at a time in order (lanes with
 //          the same id find each other by ballots over the id's bits), with a histogram of its own; then the histograms
-//          are summed over the warps, and over the experts. Then the block sums the table of counts over all chunks
-//          (the experts' totals, whose prefix sums are the offsets) and over the chunks before its own: where the rows
-//          of each expert begin for it. Rows are written in sorted order, so that neighbours go to one sector: written
+//          are summed over the warps, and over the experts. Then the block sums the table over all groups (the experts'
+//          totals, whose prefix sums are the offsets) and over the groups and chunks before its own: where the rows of
+//          each expert begin for it. Rows are written in sorted order, so that neighbours go to one sector: written
 //          slot by slot the scattered words took 6 us of the kernel's 15 for S = 262144, E = 768.
 // Up to one tile (2048 slots, or fewer where E > 2048) one block does all in one launch.
 //
-// What it takes is instructions and barriers, most of them run once: of 8.5 us in `place` for S = 262144, E = 768 and
-// 64 chunks on an H100 the ranks take 3.5, sorting 0.9, the table (98 KB a block) 1.7, its prefix sums 0.8, the rows
-// 1.4.
+// What it takes is instructions and barriers, most of them run once. Of a table with a row a chunk every block would
+// read 196 KB for S = 262144, E = 768 and 128 chunks; of this one 26 KB.
 //
 // Deterministic: every rank is a count; the only atomics add integers, and nothing depends on their order.
 // Source: counting sort with per-chunk histograms, as in every radix sort.
@@ -32,10 +32,8 @@ namespace moe {
 namespace {
 
 constexpr int kFewSlots = 64 * 1024;  // up to here one batch a warp, so that more multiprocessors take part
-constexpr int kFewWarps = 16;         // of a block, unless the table of counts has more than kLargeTable entries then
 constexpr int kMaxBlocks = 128;
-constexpr int64_t kLargeTable = 32 * 1024;
-constexpr int kPackedRows = 8;                // of the table of counts, summed in 16 bits
+constexpr int kGroup = 8;                     // chunks that one block counts
 constexpr int kHistogramEntries = 32 * 1024;  // warps * experts: 64 KB of 16-bit counts, which every sm_80+ card has
 
 // How the launcher cuts S slots.
@@ -45,24 +43,17 @@ struct Cut {
   int batches;       // of 32 slots, a warp and tile
   int chunks;        // blocks; 1 when one block does both steps
   int64_t chunk;     // slots of a chunk, a multiple of the tile
-  bool wide_counts;  // sums of kPackedRows chunks' counts need more than 16 bits
+  bool wide_counts;  // the counts of a group need more than 16 bits
 };
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Blocks of 16 warps reach more multiprocessors, but every block reads the table, which has a row for every block.
-// Measured on an H100 for S = 262144: the plan of E = 128 takes 8.1 us with 16 warps and 8.7 with 32, E = 768 12.7 and
-// 10.1.
-int most_warps(int64_t num_slots, int num_experts) {
-  const int64_t tile = kFewWarps * kWarpSize * (num_slots <= kFewSlots ? 1 : kManyBatches);
-  const int64_t chunks = std::min<int64_t>((num_slots + tile - 1) / tile, kMaxBlocks);
-  return chunks * num_experts > kLargeTable ? kMaxWarps : kFewWarps;
-}
+int groups_of(int chunks) { return (chunks + kGroup - 1) / kGroup; }
 
 Cut cut_slots(int64_t num_slots, int num_experts) {
   Cut cut;
   cut.stride = round_up(num_experts, 8);
-  cut.warps = most_warps(num_slots, num_experts);
+  cut.warps = kMaxWarps;
   while (cut.warps * cut.stride > kHistogramEntries) cut.warps /= 2;
   cut.wide_counts = false;
   if (num_slots <= cut.warps * kManyBatches * kWarpSize) {
@@ -80,43 +71,73 @@ Cut cut_slots(int64_t num_slots, int num_experts) {
   const int64_t tiles_of_chunk = (tiles + kMaxBlocks - 1) / kMaxBlocks;
   cut.chunk = tiles_of_chunk * tile;
   cut.chunks = static_cast<int>((tiles + tiles_of_chunk - 1) / tiles_of_chunk);
-  cut.wide_counts = cut.chunk * kPackedRows > 65535;
+  cut.wide_counts = cut.chunk * kGroup > 65535;
   return cut;
 }
 
 // --------------------------------------------------------------------------------------------------------------- count
 
-constexpr int kCountLoads = 4;  // ids in flight a thread
+// Where the table of counts keeps its rows.
+template <typename Count>
+struct CountTable {
+  Count* before;  // [chunks][stride] of the slots of the chunks of the same group before it
+  Count* groups;  // [groups][stride]
+};
 
 template <typename Count>
+__device__ __forceinline__ CountTable<Count> count_table(void* workspace, int stride, int chunks) {
+  auto* before = static_cast<Count*>(workspace);
+  return {before, before + static_cast<int64_t>(chunks) * stride};
+}
+
+template <typename Count>
+__device__ __forceinline__ void store_counts(Count* row, const int32_t* counted, int stride) {
+  for (int e = threadIdx.x; e < stride; e += blockDim.x) row[e] = static_cast<Count>(counted[e]);
+}
+
+template <int kBatches, typename Count>
 __global__ void __launch_bounds__(kMaxWarps * kWarpSize) plan_count_kernel(const PlanParams params, int stride,
-                                                                           int64_t chunk) {
+                                                                           int64_t chunk, int chunks) {
+  constexpr int kTiles = 8;  // whose ids are in flight
   extern __shared__ __align__(16) int32_t counted[];
+  const CountTable<Count> table = count_table<Count>(params.workspace, stride, chunks);
+  const int64_t end = min((blockIdx.x + int64_t{1}) * kGroup * chunk, params.num_slots);
+  const int64_t tile = kBatches * blockDim.x;
+  int64_t next_chunk = blockIdx.x * kGroup * chunk;
+  Count* before = table.before + static_cast<int64_t>(blockIdx.x) * kGroup * stride;
   for (int e = threadIdx.x; e < stride; e += blockDim.x) counted[e] = 0;
   wait_for_previous_kernels();
   allow_next_kernel();  // only now: the next kernel reads topk_ids before it waits for this one
-  __syncthreads();
-  const int64_t end = min(blockIdx.x * chunk + chunk, params.num_slots);
-  for (int64_t base = blockIdx.x * chunk + threadIdx.x; base < end; base += kCountLoads * blockDim.x) {
-    int ids[kCountLoads];
+  for (int64_t begin = next_chunk; begin < end; begin += kTiles * tile) {
+    int ids[kTiles][kBatches];
 #pragma unroll
-    for (int i = 0; i < kCountLoads; ++i) {
-      const int64_t slot = base + i * blockDim.x;
-      ids[i] = slot < end ? params.topk_ids[slot] : -1;
+    for (int i = 0; i < kTiles * kBatches; ++i) {
+      const int64_t slot = begin + i * blockDim.x + threadIdx.x;
+      ids[i / kBatches][i % kBatches] = slot < end ? params.topk_ids[slot] : -1;
     }
 #pragma unroll
-    for (int i = 0; i < kCountLoads; ++i) {
-      if (ids[i] >= 0 && ids[i] < params.num_experts) atomicAdd(counted + ids[i], 1);
+    for (int t = 0; t < kTiles; ++t) {
+      const int64_t first = begin + t * tile;
+      if (first < end && first == next_chunk) {
+        __syncthreads();
+        store_counts(before, counted, stride);
+        __syncthreads();
+        next_chunk += chunk;
+        before += stride;
+      }
+#pragma unroll
+      for (int b = 0; b < kBatches; ++b) {
+        if (ids[t][b] >= 0 && ids[t][b] < params.num_experts) atomicAdd(counted + ids[t][b], 1);
+      }
     }
   }
   __syncthreads();
-  Count* counts = static_cast<Count*>(params.workspace) + static_cast<int64_t>(blockIdx.x) * stride;
-  for (int e = threadIdx.x; e < stride; e += blockDim.x) counts[e] = static_cast<Count>(counted[e]);
+  store_counts(table.groups + static_cast<int64_t>(blockIdx.x) * stride, counted, stride);
 }
 
 // --------------------------------------------------------------------------------------------------------------- place
 
-// The counts in 16 bytes of the table.
+// How many counts of the table lie in 16 bytes.
 template <typename Count>
 constexpr int kCounts = 16 / sizeof(Count);
 
@@ -126,51 +147,54 @@ __device__ __forceinline__ int sum_index(int c, int stride) {
   return c % kCounts<Count> * (stride / kCounts<Count>) + c / kCounts<Count>;
 }
 
-// Adds sums of counts to sums[sum_index(c)], for the columns c of a vector; 16-bit ones lie in pairs in a word.
+// The counts in 16 bytes.
 template <typename Count>
-__device__ __forceinline__ void add_sums(int32_t* sums, int vector, int vectors, const uint32_t (&words)[4]) {
+__device__ __forceinline__ void unpack_counts(const uint4& loaded, int (&counts)[kCounts<Count>]) {
+  const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(Count) == 2) {
-      atomicAdd(sums + 2 * i * vectors + vector, static_cast<int>(words[i] & 0xffff));
-      atomicAdd(sums + (2 * i + 1) * vectors + vector, static_cast<int>(words[i] >> 16));
-    } else {
-      atomicAdd(sums + i * vectors + vector, static_cast<int>(words[i]));
-    }
+  for (int i = 0; i < kCounts<Count>; ++i) {
+    counts[i] = sizeof(Count) == 4 ? words[i % 4] : words[i / 2] >> 16 * (i % 2) & 0xffff;
   }
 }
 
-// Adds to memory.all the sums of the table's columns, and to memory.above those of its rows above the block's own. A
-// thread takes 16 bytes of every groups-th row, as many groups as the block has threads for. Sums of kPackedRows 16-bit
-// counts stay below 2^16, so that two are added as one word: the instructions are what this takes its time for.
+// Adds to memory.all the sums of the table's columns over all groups, and to memory.above those over the groups and
+// chunks before the block's own. A thread takes 16 bytes of every parts-th group's row, as many parts as the block has
+// threads for; the first one also takes the row of the block's own chunk.
 template <typename Count>
-__device__ __forceinline__ void sum_table(const Count* table, int stride, const BlockMemory& memory) {
-  const int chunks = gridDim.x, own = blockIdx.x, threads = blockDim.x, vectors = stride / kCounts<Count>;
-  const int groups = min(max(threads / vectors, 1), chunks);
-  const auto* rows = reinterpret_cast<const uint4*>(table);
-  for (int item = threadIdx.x; item < vectors * groups; item += threads) {
-    const int group = item / vectors, vector = item - group * vectors;
+__device__ __forceinline__ void sum_table(const CountTable<Count>& table, int stride, const BlockMemory& memory) {
+  constexpr int kLoads = 4;  // in flight
+  const int groups = (gridDim.x + kGroup - 1) / kGroup, own = blockIdx.x / kGroup;
+  const int vectors = stride / kCounts<Count>, parts = min(max(static_cast<int>(blockDim.x) / vectors, 1), groups);
+  const auto* rows = reinterpret_cast<const uint4*>(table.groups);
+  const auto* before = reinterpret_cast<const uint4*>(table.before) + static_cast<int64_t>(blockIdx.x) * vectors;
+  for (int item = threadIdx.x; item < vectors * parts; item += blockDim.x) {
+    const int part = item / vectors, vector = item - part * vectors;
+    int all[kCounts<Count>] = {}, above[kCounts<Count>] = {};
+    if (part == 0) unpack_counts<Count>(before[vector], above);
 #pragma unroll 1
-    for (int base = group; base < chunks; base += kPackedRows * groups) {
-      uint4 loaded[kPackedRows];
+    for (int base = part; base < groups; base += kLoads * parts) {
+      uint4 loaded[kLoads];
 #pragma unroll
-      for (int i = 0; i < kPackedRows; ++i) {
-        const int row = base + i * groups;
-        loaded[i] = row < chunks ? rows[row * vectors + vector] : make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < kLoads; ++i) {
+        const int row = base + i * parts;
+        loaded[i] = row < groups ? rows[row * vectors + vector] : make_uint4(0, 0, 0, 0);
       }
-      uint32_t all[4] = {}, above[4] = {};
 #pragma unroll
-      for (int i = 0; i < kPackedRows; ++i) {
-        const uint32_t words[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
-        const bool is_above = base + i * groups < own;
+      for (int i = 0; i < kLoads; ++i) {
+        const bool is_above = base + i * parts < own;
+        int counts[kCounts<Count>];
+        unpack_counts<Count>(loaded[i], counts);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          all[j] += words[j];
-          if (is_above) above[j] += words[j];
+        for (int j = 0; j < kCounts<Count>; ++j) {
+          all[j] += counts[j];
+          if (is_above) above[j] += counts[j];
         }
       }
-      add_sums<Count>(memory.all, vector, vectors, all);
-      if (base < own) add_sums<Count>(memory.above, vector, vectors, above);
+    }
+#pragma unroll
+    for (int j = 0; j < kCounts<Count>; ++j) {
+      atomicAdd(memory.all + j * vectors + vector, all[j]);
+      atomicAdd(memory.above + j * vectors + vector, above[j]);
     }
   }
 }
@@ -215,10 +239,11 @@ __device__ __forceinline__ void place_tile(const PlanParams& params, const Block
   }
 }
 
-// Launched while plan_count_kernel runs, which has waited for what wrote topk_ids: they may be read at once.
+// Launched while plan_count_kernel runs, which has waited for what wrote topk_ids: they may be read at once. Two blocks
+// on a multiprocessor by registers, so that there is room beside one of plan_count_kernel.
 template <int kBatches, typename Count>
-__global__ void __launch_bounds__(kMaxWarps * kWarpSize) plan_place_kernel(const PlanParams params, int stride,
-                                                                           int64_t chunk) {
+__global__ void __launch_bounds__(kMaxWarps * kWarpSize, 2) plan_place_kernel(const PlanParams params, int stride,
+                                                                              int64_t chunk) {
   const BlockMemory memory = block_memory(stride, kBatches);
   const int64_t first = blockIdx.x * chunk, end = min(first + chunk, params.num_slots);
   const int warp_offset = threadIdx.x / kWarpSize * (kBatches * kWarpSize);
@@ -229,7 +254,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpSize) plan_place_kernel(const
   __syncthreads();
   wait_for_previous_kernels();
   allow_next_kernel();
-  sum_table(static_cast<const Count*>(params.workspace), stride, memory);
+  sum_table(count_table<Count>(params.workspace, stride, gridDim.x), stride, memory);
   __syncthreads();
   const int rows = begin_experts<Count>(params, memory, stride);
   place_tile(params, memory, first, count, rows, ids, places);
@@ -278,8 +303,8 @@ void allow_shared_memory(Kernel kernel, int bytes) {
 template <int kBatches, typename Count>
 void launch_count_and_place(const PlanParams& params, const Cut& cut, cudaStream_t stream) {
   const int threads = cut.warps * kWarpSize, bytes = shared_bytes(cut.warps, cut.stride, cut.batches);
-  launch_overlapped("plan_count", plan_count_kernel<Count>, cut.chunks, threads,
-                    cut.stride * static_cast<int>(sizeof(int32_t)), stream, params, cut.stride, cut.chunk);
+  launch_overlapped("plan_count", plan_count_kernel<kBatches, Count>, groups_of(cut.chunks), threads,
+                    cut.stride * static_cast<int>(sizeof(int32_t)), stream, params, cut.stride, cut.chunk, cut.chunks);
   allow_shared_memory(plan_place_kernel<kBatches, Count>, bytes);
   launch_overlapped("plan_place", plan_place_kernel<kBatches, Count>, cut.chunks, threads, bytes, stream, params,
                     cut.stride, cut.chunk);
@@ -297,7 +322,7 @@ void launch_small(const PlanParams& params, const Cut& cut, cudaStream_t stream)
 int64_t plan_workspace_bytes(int64_t num_slots, int num_experts) {
   const Cut cut = cut_slots(num_slots, num_experts);
   if (cut.chunks == 1) return 0;
-  return static_cast<int64_t>(cut.chunks) * cut.stride * (cut.wide_counts ? 4 : 2);
+  return static_cast<int64_t>(cut.chunks + groups_of(cut.chunks)) * cut.stride * (cut.wide_counts ? 4 : 2);
 }
 
 void launch_plan(const PlanParams& params, cudaStream_t stream) {

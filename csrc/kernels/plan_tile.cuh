@@ -11,7 +11,7 @@ namespace {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
 constexpr int kManyBatches = 4;  // of 32 slots, a warp and tile: what a lane keeps in registers
-constexpr int kMaxWarps = 32;
+constexpr int kMaxWarps = 16;
 constexpr int kWarpStep = 8;   // the warps of a block are a multiple, for the loads in flight of sum_over_warps
 constexpr int kSlotBits = 12;  // of a slot in its tile, beside the 12 bits of an expert
 
