@@ -117,7 +117,7 @@ def _span(values):
 
 def _memory_lines(results):
     """Two lines about memory, of the rows that know it."""
-    texts = {"extra_over_rows": "Memory beyond weights and inputs at the highest point of an inference",
+    texts = {"extra_over_rows": "Memory beyond weights, inputs and output at the highest point of an inference",
              "backward_extra_over_rows": "Memory beyond what training keeps and the gradients, at that of a backward"}
     lines = []
     for field, text in texts.items():

@@ -136,7 +136,7 @@ def test_memory_fields():
     rows = 2 * 32 * QUICK.top_k * (QUICK.hidden_size + QUICK.intermediate_size)
     assert memory.rows_bytes(QUICK, inputs) == rows
     assert memory.fields(QUICK, inputs, None) == {"peak_extra_mb": None}
-    assert memory.fields(QUICK, inputs, 3 * rows)["extra_over_rows"] == 3
+    assert memory.fields(QUICK, inputs, 3 * rows + inputs.hidden_states.nbytes)["extra_over_rows"] == 3
     train = memory.fields(QUICK, inputs, rows, 2_000_000, rows // 2)
     assert train["kept_mb"] == 2.0 and train["backward_extra_over_rows"] == 0.5 and "extra_over_rows" not in train
 
