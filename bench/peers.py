@@ -77,19 +77,23 @@ def bind_torch_loop(inputs):
     return layer
 
 
-def bind_hugging_face(implementation):
-    """transformers' Qwen3MoeExperts around the same weights, with one of its own experts implementations."""
-    def bind(inputs):
-        from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+def hugging_face_experts(num_experts, hidden_size, width, top_k, implementation):
+    """transformers' Qwen3MoeExperts with one of its own experts implementations; its weights are on the meta device."""
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+    config = Qwen3MoeConfig(hidden_size=hidden_size, moe_intermediate_size=width, num_experts=num_experts,
+                            num_experts_per_tok=top_k)
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        return Qwen3MoeExperts(config)
+
+
+def bind_hugging_face(implementation):
+    """Hugging Face's experts around the same weights."""
+    def bind(inputs):
         hidden, gate_up, down, weights, ids = inputs[:5]
-        num_experts, hidden_size, width = down.shape
-        config = Qwen3MoeConfig(hidden_size=hidden_size, moe_intermediate_size=width, num_experts=num_experts,
-                                num_experts_per_tok=ids.shape[1])
-        config._experts_implementation = implementation
-        with torch.device("meta"):
-            experts = Qwen3MoeExperts(config)
+        experts = hugging_face_experts(*down.shape, ids.shape[1], implementation)
         experts.gate_up_proj, experts.down_proj = gate_up, down
         return lambda: experts(hidden, ids, weights)
 

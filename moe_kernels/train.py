@@ -95,7 +95,8 @@ class Trainer:
         self.blocks = data.Blocks(training, options.seq_len, options.seed)
         self.validation = data.Blocks(validation, options.seq_len).spread(options.eval_blocks)
         torch.manual_seed(options.seed)
-        self.model = MoETransformer(_config(options)).to(self.device)
+        with self.device:  # a model of billions takes minutes to draw on the CPU
+            self.model = MoETransformer(_config(options))
         self.optimizer = make_optimizer(self.model, options)
         self._gradients = GraphedStep(self._clipped_gradients, self.device)
         self.step = 0
