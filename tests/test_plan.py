@@ -44,7 +44,8 @@ def test_case(case, device, run_twice):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_tokens, num_experts, top_k",
-                         [(3000, 768, 16), (5000, 8, 2), (2049, 1, 1), (700, 3000, 4)])
+                         [(3000, 768, 16), (5000, 8, 2), (2049, 1, 1), (700, 3000, 4), (128, 128, 8), (20_000, 96, 8),
+                          (100_000, 5, 7), (400_000, 20, 3)])
 def test_large(num_tokens, num_experts, top_k, device, run_twice):
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(-1, num_experts + 1, (num_tokens, top_k), generator=generator)
