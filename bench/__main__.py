@@ -3,6 +3,7 @@
     python -m bench                          every shape, pass by pass; prints a line a row
     python -m bench --shape qwen3-30b        one shape
     python -m bench --models                 only whole transformers models on our kernels
+    python -m bench --training               only training of the reference transformer, beside Hugging Face's experts
     python -m bench --save                   and writes bench/results/<card>.json, the plot and README's tables
     python -m bench --readme                 only fills README anew from the stored results
     python -m bench --check                  says what is stale, and then exits 1
@@ -25,6 +26,10 @@ def parse_arguments(arguments):
     parser.add_argument("--pass", dest="passes", choices=cases.PASSES, action="append",
                         help="one pass; can be repeated")
     parser.add_argument("--models", action="store_true", help="only whole models of Hugging Face transformers")
+    parser.add_argument("--training", action="store_true", help="only training of the reference transformer")
+    parser.add_argument("--steps", type=int, metavar="N", help="of --training (default: 200; 8 with --quick)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of --training (default: 2)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of --training: sequences a step (default: 8)")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--routing", choices=cases.ROUTING_KINDS, default="uniform")
     parser.add_argument("--peers", default="auto", metavar="LIST", help="auto, all, none, or names joined by commas")

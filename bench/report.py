@@ -109,6 +109,50 @@ def _model_table(models):
     return lines
 
 
+def training_lines(training):
+    """What training of the reference transformer gave: a table, its meaning, and where a step's time goes."""
+    if not training:
+        return []
+    ours, theirs = (training["implementations"][name] for name in (OURS, PEER))
+    lines = [f"Training of the reference transformer, preset {training['preset']} "
+             f"({training['parameters'] / 1e9:.2f} B parameters, {training['active_parameters'] / 1e9:.2f} B a token), "
+             f"{training['batch_size']} x {training['seq_len']} tokens a step, AdamW, bf16 autocast, "
+             f"{training['steps']} steps:", "",
+             "| experts | ms a step | tokens/s | share of the dense rate | peak memory, GB | loss at the end |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, found in training["implementations"].items():
+        peak = "-" if found["peak_mb"] is None else f"{found['peak_mb'] / 1e3:.1f}"
+        losses = ", ".join(f"{curve[-1]:.3f}" for curve in found["losses"])
+        lines.append(f"| {name}{'*' if found['mode'] == 'eager' else ''} | {found['ms']:.1f} "
+                     f"| {found['tokens_per_s']} | {found['share']:.3f} | {peak} | {losses} |")
+    memory = training["of_their_memory"]
+    lines += ["", f"{training['times_as_fast']:.2f} times as fast as with Hugging Face's grouped_mm"
+                  + ("" if memory is None else f", with {memory:.2f} of its peak memory")
+                  + f". {_curve_words(training['curves'])}"]
+    if "eager" in (ours["mode"], theirs["mode"]):
+        lines += ["", "\\* called without a CUDA graph, which it could not be captured into."]
+    return lines + _profile_table(training["profile"])
+
+
+def _curve_words(curves):
+    """A sentence on two implementations' losses."""
+    words = ("In the last quarter of the steps the losses of the same seed differ by "
+             f"{curves['between_implementations']:.4f} nats in the mean")
+    if curves["agree"] is None:
+        return words + "."
+    return (f"{words}, those of two seeds by {curves['between_seeds']:.4f}: they "
+            + ("agree within their noise." if curves["agree"] else "differ by more than their noise."))
+
+
+def _profile_table(profile):
+    """Where one training step's time goes, by torch.profiler."""
+    if profile is None:
+        return []
+    total = sum(profile["groups"].values())
+    return ["", "Kernels of one of our training steps:", "", "| kernels | ms | share |", "| --- | ---: | ---: |",
+            *(f"| {group} | {ms:.2f} | {ms / total:.2f} |" for group, ms in profile["groups"].items() if ms)]
+
+
 def _span(values):
     """The smallest and the largest of some numbers, in words."""
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
@@ -184,6 +228,8 @@ def card_section(content, name):
                 lines += ["", f"{title}, {dtype}, {routing} routing:", "", *_table(results, pass_name, dtype, routing)]
     lines += _stage_table(results) + _skew_table(results) + _memory_lines(results) + _host_lines(results)
     lines += _model_table(content.get("models"))
+    if content.get("training"):
+        lines += ["", *training_lines(content["training"])]
     if any(row["timing"] == "eager" and row["impl"] == PEER for row in results):
         lines += ["", "\\* called without a CUDA graph, which it could not be captured into."]
     return lines + ["", f"![{content['card']}](bench/results/{name}.png)"]

@@ -50,6 +50,7 @@ def write(path, content):
     """Writes a results file: a line a row, so that a diff shows which rows changed."""
     rows = ",\n  ".join(json.dumps(row) for row in content["results"])
     head = json.dumps({name: value for name, value in content.items() if name != "results"}, indent=1)
+    head = re.sub(r"\[[-\d.,\s]+\]", lambda numbers: " ".join(numbers[0].split()), head)  # a curve is one line
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.part")
     temporary.write_text(f'{head[:-2]},\n "results": [\n  {rows}\n ]\n}}\n')
@@ -57,14 +58,14 @@ def write(path, content):
 
 
 def merge(previous, current):
-    """The rows and models of a run, and what an earlier run on the same sources and card has beside them."""
+    """The rows, models and training of a run, and what an earlier run on the same sources and card has beside them."""
     same = (previous is not None and previous["source_hash"] == current["source_hash"]
             and previous["card"] == current["card"])
     if not same:
         return current
     measured = {tuple(row[name] for name in ROW_KEY) for row in current["results"]}
     kept = [row for row in previous["results"] if tuple(row[name] for name in ROW_KEY) not in measured]
-    other = {name: current.get(name) or previous.get(name) for name in ("tests", "models")}
+    other = {name: current.get(name) or previous.get(name) for name in ("tests", "models", "training")}
     return {**current, **other, "results": kept + current["results"]}
 
 

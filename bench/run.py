@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import gc
 import importlib.metadata
+import importlib.util
 import platform
 import time
 
@@ -17,6 +18,7 @@ from .passes import case_rows
 from .timing import first_line
 
 BUDGET_S = 0.6  # for all rounds of one measure
+LEAST_STEPS = 8  # of training: some to warm up, some to measure
 
 
 class Run:
@@ -24,7 +26,7 @@ class Run:
 
     def __init__(self, arguments, tests):
         self.arguments, self.tests = arguments, tests
-        self.rows, self.failures, self.left_out, self.models = [], [], [], None
+        self.rows, self.failures, self.left_out, self.models, self.training = [], [], [], None, None
         self.begin = time.perf_counter()
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and not torch.cuda.is_available():
@@ -34,6 +36,7 @@ class Run:
         self.path = arguments.results / f"{results_file.slug(self.card)}.json"
         self.previous = dict(results_file.read_all(arguments.results)).get(self.path)
         self.quick = arguments.quick or (device == "cpu" and arguments.shape is None)
+        self.training_options = training_options(arguments, self.quick)
         require_kernels(self.device)
         if self.quick and arguments.save and arguments.results == results_file.RESULTS:
             raise ValueError(f"--save into {results_file.RESULTS} wants the real shapes; give --results FOLDER")
@@ -80,17 +83,45 @@ class Run:
             print(line, flush=True)
         return []
 
+    def measure_training(self):
+        """The reference transformer trained, beside Hugging Face's experts in it."""
+        from . import training
+
+        self.training = training.measure_training(self.device, self.options.limits.dense_tflop_per_s, self.quick,
+                                                  **self.training_options)
+        for line in report.training_lines(self.training):
+            print(line, flush=True)
+        return []
+
     def content(self):
         """The results file."""
         return {"card": self.card, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "source_hash": results_file.source_hash(), "versions": versions(),
                 "limits": self.options.limits.as_json(), "tests": self.tests, "failures": self.failures,
-                "models": self.models, "results": self.rows}
+                "models": self.models, "training": self.training, "results": self.rows}
 
     def store(self):
         """Writes the results file, with the rows that an earlier run on the same sources has beside ours."""
         if self.arguments.save:
             results_file.write(self.path, results_file.merge(self.previous, self.content()))
+
+
+def training_options(arguments, quick):
+    """The options of `measure_training` that were given. Raises: ValueError on those that --training does not take."""
+    given = {name: getattr(arguments, name) for name in ("steps", "seeds", "batch_size")
+             if getattr(arguments, name) is not None}
+    if given and not arguments.training:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is an option of --training, which is not given")
+    if not arguments.training:
+        return {}
+    if arguments.dtype != "bf16":
+        raise ValueError(f"--training wants --dtype bf16, got {arguments.dtype}")
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("--training wants transformers to be installed, whose experts it compares with")
+    for name, least in (("steps", LEAST_STEPS), ("seeds", 1), ("batch_size", 1)):
+        if given.get(name, least) < least:
+            raise ValueError(f"--{name.replace('_', '-')} wants at least {least}, got {given[name]}")
+    return ({"steps": LEAST_STEPS} if quick else {}) | given
 
 
 def require_kernels(device):
@@ -165,7 +196,7 @@ def measure_shape(current, shape, passes):
 def run(arguments, tests, write_reports):
     """Measures what the command line asks for; returns the exit status: 1 if anything failed."""
     current = Run(arguments, tests)
-    shapes, routings = ((), ()) if arguments.models else cases.select(
+    shapes, routings = ((), ()) if arguments.models or arguments.training else cases.select(
         arguments.shape, current.quick and arguments.shape is None)
     passes = arguments.passes or cases.PASSES
     gc.collect()
@@ -175,6 +206,8 @@ def run(arguments, tests, write_reports):
                         lambda routing=routing: routing_rows(routing, current.options))
     if arguments.models:
         current.measure("models", current.measure_models)
+    if arguments.training:
+        current.measure("training", current.measure_training)
     for shape in shapes:
         measure_shape(current, shape, passes)
         free(current.device)

@@ -27,7 +27,7 @@ from .step_profile import profile_step
 from .timing import first_line
 
 OURS, THEIRS = "moe_kernels", peers.REFERENCE_PEER
-STEPS, SEEDS, LEAST_STEPS = 200, 2, 8
+STEPS, SEEDS = 200, 2
 WARM_UP_STEPS = 10  # eager ones, the capture, and the first replays
 SIZES = dict(preset="single-gpu", batch_size=8, seq_len=1024, lr=4e-4, eval_blocks=64)
 QUICK_SIZES = dict(preset="tiny", batch_size=2, seq_len=32, lr=3e-3, eval_blocks=4)
@@ -247,11 +247,7 @@ def measure_training(device, dense_tflop_per_s, quick=False, steps=STEPS, seeds=
     Returns: {"preset", "parameters", "active_parameters", "batch_size", "seq_len", "steps", "operations_a_token",
         "implementations": {name: _summary}, "times_as_fast", "of_their_memory", "curves": compare_curves, "profile":
         step_profile.table of ours, or None}; memory is None on the CPU.
-    Raises: ValueError on too few steps or seeds.
     """
-    for name, value, least in (("steps", steps, LEAST_STEPS), ("seeds", seeds, 1), ("batch_size", batch_size or 1, 1)):
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} wants at least {least}, got {value}")
     options = make_options(quick, steps, batch_size=batch_size)
     config = ModelConfig.preset(options.preset)
     texts = data.load_text(Path(moe_kernels.__file__).parent if quick else None)
