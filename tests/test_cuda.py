@@ -58,6 +58,32 @@ def test_graph_replayed_with_other_routing(dtype):
         assert_same_bits(replayed, step(logits, x))
 
 
+@pytest.mark.parametrize("num_tokens, num_experts, top_k", [(100, 64, 8), (2000, 768, 16), (16384, 768, 16)])
+def test_gate_and_plan_replayed_with_other_logits(num_tokens, num_experts, top_k):
+    """Kernels that start while the one before them ends see its results, and not those of the replay before."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draws = [torch.randn(num_tokens, num_experts, device="cuda", generator=generator) for _ in range(4)]
+    logits = draws[0].clone()
+
+    def route():
+        weights, ids = mk.gate(logits, top_k, "sigmoid")
+        return [weights, ids, *mk.make_plan(ids, num_experts)]
+
+    route()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = route()
+    for draw in draws * 5:
+        logits.copy_(draw)
+        graph.replay()
+        replayed = [result.clone() for result in captured]
+        ids = replayed[1].flatten().long()
+        order = torch.argsort(ids, stable=True)
+        assert torch.equal(replayed[3], order.int())
+        assert torch.equal(replayed[2].diff(), torch.bincount(ids, minlength=num_experts).int())
+        assert_same_bits(replayed, route())
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
 def test_no_host_sync(dtype):
     x, logits = Inputs(SIZE, "cuda", dtype), new_logits(0)

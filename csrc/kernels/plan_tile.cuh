@@ -75,7 +75,8 @@ __device__ __forceinline__ void rank_in_warp(const PlanParams& params, int64_t f
 #pragma unroll
   for (int b = 0; b < kBatches; ++b) {
     const int64_t slot = first + b * kWarpSize + lane;
-    ids[b] = slot < params.num_slots ? params.topk_ids[slot] : -1;
+    // past the L1 cache, which may hold what lay there before a kernel that this one did not wait for
+    ids[b] = slot < params.num_slots ? __ldcg(params.topk_ids + slot) : -1;
     if (ids[b] < 0 || ids[b] >= params.num_experts) ids[b] = -1;
   }
   unsigned peers[kBatches];
