@@ -94,7 +94,8 @@ __device__ __forceinline__ void rank_in_warp(const PlanParams& params, int64_t f
 }
 
 // Turns the warps' counts into sums over the warps from each one to the last; memory.local gets the sum of all. A
-// slot's rank is then local - sum + rank in the warp. Two experts at a time, in the halves of 32 bits: no sum is above 2048.
+// slot's rank is then local - sum + rank in the warp. Two experts at a time, in the halves of 32 bits: no sum is above
+// 2048.
 __device__ __forceinline__ void sum_over_warps(const BlockMemory& memory, int stride) {
   auto* pairs = reinterpret_cast<uint32_t*>(memory.histogram);
   const int num_pairs = stride / 2, warps = blockDim.x / kWarpSize;
