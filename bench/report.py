@@ -115,7 +115,8 @@ def training_lines(training):
         return []
     ours, theirs = (training["implementations"][name] for name in (OURS, PEER))
     lines = [f"Training of the reference transformer, preset {training['preset']} "
-             f"({training['parameters'] / 1e9:.2f} B parameters, {training['active_parameters'] / 1e9:.2f} B a token), "
+             f"({training['parameters'] / 1e6:.0f} M parameters, "
+             f"{training['active_parameters'] / 1e6:.0f} M of them work on a token), "
              f"{training['batch_size']} x {training['seq_len']} tokens a step, AdamW, bf16 autocast, "
              f"{training['steps']} steps:", "",
              "| experts | ms a step | tokens/s | share of the dense rate | peak memory, GB | loss at the end |",
@@ -149,7 +150,7 @@ def _profile_table(profile):
     if profile is None:
         return []
     total = sum(profile["groups"].values())
-    return ["", "Kernels of one of our training steps:", "", "| kernels | ms | share |", "| --- | ---: | ---: |",
+    return ["", f"Kernels of one of our training steps, {total:.1f} ms together:", "", "| kernels | ms | share |", "| --- | ---: | ---: |",
             *(f"| {group} | {ms:.2f} | {ms / total:.2f} |" for group, ms in profile["groups"].items() if ms)]
 
 

@@ -238,6 +238,14 @@ def _summary(runs, tokens, operations, dense_tflop_per_s):
             "bits_per_byte": [run["bits_per_byte"] for run in runs], "losses": [run["losses"] for run in runs]}
 
 
+def _order(seeds):
+    """(seed, implementation) of each run: each seed in the other order, against drift; ours last, to be profiled."""
+    order = []
+    for seed in range(seeds):
+        order += [(seed, name) for name in ((THEIRS, OURS) if (seeds - seed) % 2 else (OURS, THEIRS))]
+    return order
+
+
 def measure_training(device, dense_tflop_per_s, quick=False, steps=STEPS, seeds=SEEDS, batch_size=None):
     """Trains with every implementation from every seed, in turns, and compares.
 
@@ -252,9 +260,9 @@ def measure_training(device, dense_tflop_per_s, quick=False, steps=STEPS, seeds=
     config = ModelConfig.preset(options.preset)
     texts = data.load_text(Path(moe_kernels.__file__).parent if quick else None)
     runs = {name: [] for name in IMPLEMENTATIONS}
-    for seed, name in itertools.product(range(seeds), IMPLEMENTATIONS):
-        run = run_once(make_options(quick, steps, seed, batch_size), device, texts, name,
-                       profiled=name == OURS and seed == seeds - 1)
+    for seed, name in _order(seeds):
+        last = (seed, name) == (seeds - 1, OURS)
+        run = run_once(make_options(quick, steps, seed, batch_size), device, texts, name, profiled=last)
         runs[name].append(run)
         print(f"  {name}, seed {seed}: {run['ms']:.2f} ms a step ({run['mode']}), loss {run['losses'][0]:.3f} to "
               f"{run['losses'][-1]:.3f}, validation {run['bits_per_byte']:.3f} bits per byte", flush=True)

@@ -136,6 +136,11 @@ def test_curves():
     assert "they differ by more than their noise" in report._curve_words(training.compare_curves(flat, far))
 
 
+def test_order_of_the_runs():
+    assert training._order(2) == [(0, OURS), (0, THEIRS), (1, THEIRS), (1, OURS)]
+    assert training._order(1) == [(0, THEIRS), (0, OURS)]
+
+
 def test_every_seed_and_implementation_has_the_same_data():
     pytest.importorskip("transformers")
     text = torch.arange(10_000).remainder(251).to(torch.uint8)
