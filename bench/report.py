@@ -150,7 +150,8 @@ def _profile_table(profile):
     if profile is None:
         return []
     total = sum(profile["groups"].values())
-    return ["", f"Kernels of one of our training steps, {total:.1f} ms together:", "", "| kernels | ms | share |", "| --- | ---: | ---: |",
+    return ["", f"Kernels of one of our training steps, {total:.1f} ms together:", "",
+            "| kernels | ms | share |", "| --- | ---: | ---: |",
             *(f"| {group} | {ms:.2f} | {ms / total:.2f} |" for group, ms in profile["groups"].items() if ms)]
 
 
