@@ -1,8 +1,8 @@
 """Trains the reference transformer on bytes: AdamW, warm-up and cosine, balance without an auxiliary loss.
 
 One step: a batch of blocks, forward and backward (bf16 under autocast on a GPU, where they are a CUDA graph), clipped
-gradients, AdamW on fp32 weights, then the routers' biases move against the loads of the step. A run is a folder of checkpoints, and goes on from
-any of them with the very losses that it would have had.
+gradients, AdamW on fp32 weights, then the routers' biases move against the loads of the step. A run is a folder of
+checkpoints, and goes on from any of them with the very losses that it would have had.
 """
 
 import contextlib
@@ -160,7 +160,7 @@ class Trainer:
         return loads
 
     def _clipped_gradients(self, tokens):
-        """Leaves the clipped gradients of a batch in the parameters; returns its loss, without the parts added to it."""
+        """Leaves the clipped gradients of a batch in the parameters; returns its loss without what is added to it."""
         with self.autocast(cache=False):
             loss = self.model.loss(tokens)
         loss.total.backward()
