@@ -1,5 +1,5 @@
-// Binds the CUDA implementations, in flow order, to the operators that moe_kernels/schemas.py defines. Nothing else is here: the
-// schemas live in Python, because the same operators exist where this module was not built.
+// Binds the CUDA implementations, in flow order, to the operators that moe_kernels/schemas.py defines. Nothing else is
+// here: the schemas live in Python, because the same operators exist where this module was not built.
 #include "ops/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CUDA, m) {

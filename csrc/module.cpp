@@ -1,5 +1,5 @@
-// The Python module moe_kernels._C: facts of the build and of the choice of tiles. It takes no tensors; importing it registers the
-// operators' CUDA implementations (bindings.cpp).
+// The Python module moe_kernels._C: facts of the build and of the choice of tiles. It takes no tensors; importing it
+// registers the operators' CUDA implementations (bindings.cpp).
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -48,8 +48,9 @@ PYBIND11_MODULE(_C, module) {
       },
       pybind11::arg("num_rows"), pybind11::arg("num_experts"), pybind11::arg("shared_bytes_per_block"),
       "The rows x columns tile that a grouped product of so many rows gets on a card with so much shared memory.");
-  module.def("force_tile", [](const std::string& name) { moe::force_tile(tile_by_name(name)); }, pybind11::arg("tile"),
-             "Makes every product of the sm_80 engine use this tile from now on; \"auto\" ends that. For tests and tuning.");
+  module.def(
+      "force_tile", [](const std::string& name) { moe::force_tile(tile_by_name(name)); }, pybind11::arg("tile"),
+      "Makes every product of the sm_80 engine use this tile from now on; \"auto\" ends that. For tests and tuning.");
   module.def(
       "choose_engine",
       [](int64_t num_rows, int num_experts, int compute_capability) {
@@ -58,6 +59,8 @@ PYBIND11_MODULE(_C, module) {
       },
       pybind11::arg("num_rows"), pybind11::arg("num_experts"), pybind11::arg("compute_capability"),
       "The engine of an m-grouped product on a card of this compute capability (90 for 9.0): sm80 or sm90.");
-  module.def("force_engine", [](const std::string& name) { moe::force_engine(engine_by_name(name)); }, pybind11::arg("engine"),
-             "Makes every product use this engine, where the card has it, from now on; \"auto\" ends that. For tests and tuning.");
+  module.def(
+      "force_engine", [](const std::string& name) { moe::force_engine(engine_by_name(name)); }, pybind11::arg("engine"),
+      "Makes every product use this engine, where the card has it, from now on; \"auto\" ends that. For tests and "
+      "tuning.");
 }

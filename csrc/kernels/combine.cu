@@ -71,7 +71,7 @@ __device__ __forceinline__ void add_rows(const CombineParams& params, int k0, in
 }
 
 template <typename T, typename Config>
-__global__ void __launch_bounds__(kWarps * kWarpSize, 4) combine_kernel(const CombineParams params, int chunks) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, 4) combine_kernel(const CombineParams params, int chunks) {
   wait_for_previous_kernels();
   allow_next_kernel();
   const int lane = threadIdx.x % kWarpSize;
@@ -153,7 +153,7 @@ __device__ __forceinline__ float backward_row(const uint4* grad, const uint4* ro
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps * kWarpSize) combine_backward_kernel(const CombineBackwardParams params) {
+__global__ void __launch_bounds__(kWarps* kWarpSize) combine_backward_kernel(const CombineBackwardParams params) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   if (slot >= params.num_tokens * params.top_k) return;

@@ -1,5 +1,6 @@
-// down_proj backward: the product u = grad_output[t] @ down_proj[e] stays in fp32 registers; its epilogue recomputes the activation
-// from the stored pre-activation and writes three results (DownProjBackwardParams). routing_grad then adds up the partial sums.
+// down_proj backward: the product u = grad_output[t] @ down_proj[e] stays in fp32 registers; its epilogue recomputes
+// the activation from the stored pre-activation and writes three results (DownProjBackwardParams). routing_grad then
+// adds up the partial sums.
 //
 //   grad_output [T, H], down_proj [E, H, I], pre_activation [S, W]
 //     ->  grad_pre_activation [S, W], weighted_rows [S, I], partials [S, ceil(I / 32)]
@@ -24,14 +25,14 @@ void down_proj_backward_sm80(const DownProjBackwardParams& params, cudaStream_t 
                                                  params.intermediate_size,
                                                  params.hidden_size};
   const ActivateBackwardEpilogue<Element, kSet> epilogue{params.topk_weights,
-                                                           params.plan.sorted_rows,
-                                                           static_cast<const Element*>(params.pre_activation),
-                                                           static_cast<Element*>(params.grad_pre_activation),
-                                                           static_cast<Element*>(params.weighted_rows),
-                                                           params.partials,
-                                                           params.intermediate_size,
-                                                           routing_grad_partials(params.intermediate_size),
-                                                           {params.activation, params.swiglu_limit}};
+                                                         params.plan.sorted_rows,
+                                                         static_cast<const Element*>(params.pre_activation),
+                                                         static_cast<Element*>(params.grad_pre_activation),
+                                                         static_cast<Element*>(params.weighted_rows),
+                                                         params.partials,
+                                                         params.intermediate_size,
+                                                         routing_grad_partials(params.intermediate_size),
+                                                         {params.activation, params.swiglu_limit}};
   sm80::launch_m_grouped<false>(operands, epilogue, stream, "down_proj_backward");
 }
 
@@ -57,16 +58,10 @@ void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t 
   epilogue.columns = columns;
   epilogue.num_partials = routing_grad_partials(columns);
   epilogue.activation = {params.activation, params.swiglu_limit};
-  const sm90::Product product{params.dtype,
-                              params.grad_output,
-                              params.plan.sorted_rows,
-                              params.top_k,
-                              params.down_proj,
-                              params.plan.expert_offsets,
-                              params.num_experts,
-                              static_cast<int>(params.num_rows),
-                              columns,
-                              params.hidden_size};
+  const sm90::Product product{
+      params.dtype,     params.grad_output,         params.plan.sorted_rows, params.top_k,
+      params.down_proj, params.plan.expert_offsets, params.num_experts,      static_cast<int>(params.num_rows),
+      columns,          params.hidden_size};
   sm90::launch_m_grouped<Config, true, false, Element>(product, epilogue, stream, "down_proj_backward");
 }
 

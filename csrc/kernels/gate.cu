@@ -124,8 +124,7 @@ __device__ __forceinline__ void search_all(const GateParams& params, const RowSt
   __syncwarp();
   choose_by_rounds<Layout>(memory, params.top_k, lane);
   if (lane < params.top_k) {
-    memory.storage->weights[lane] =
-        score_exactly<kScoreFn, T>(params, row, token, memory.storage->chosen[lane]).score;
+    memory.storage->weights[lane] = score_exactly<kScoreFn, T>(params, row, token, memory.storage->chosen[lane]).score;
   }
   __syncwarp();
 }
@@ -156,7 +155,7 @@ constexpr int kGateBlocks =
     Layout::kValues < 24 ? 8 : (Layout::kValues == 24 ? 7 : 5) - (kScoreFn == ScoreFn::kSoftmax ? 2 : 0);
 
 template <typename Layout, ScoreFn kScoreFn, typename T>
-__global__ void __launch_bounds__(kGateWarps * kWarpSize, kGateBlocks<Layout, kScoreFn>)
+__global__ void __launch_bounds__(kGateWarps* kWarpSize, kGateBlocks<Layout, kScoreFn>)
     gate_kernel(const GateParams params) {
   const int lane = threadIdx.x % kWarpSize;
   const WarpMemory memory = warp_memory<Layout>(params);
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kGateWarps * kWarpSize, kGateBlocks<Layout, kS
 
 // Groups, or given ids, of which an id outside [0, E) weighs nothing. One token a warp.
 template <typename Layout>
-__global__ void __launch_bounds__(kGateWarps * kWarpSize, kGateBlocks<Layout, ScoreFn::kSoftmax>)
+__global__ void __launch_bounds__(kGateWarps* kWarpSize, kGateBlocks<Layout, ScoreFn::kSoftmax>)
     gate_groups_kernel(const GateParams params) {
   wait_for_previous_kernels();
   allow_next_kernel();
@@ -215,18 +214,24 @@ __global__ void __launch_bounds__(kGateWarps * kWarpSize, kGateBlocks<Layout, Sc
 template <typename Function>
 void dispatch_score_fn(ScoreFn score_fn, Function&& function) {
   switch (score_fn) {
-    case ScoreFn::kSoftmax: return function(std::integral_constant<ScoreFn, ScoreFn::kSoftmax>());
-    case ScoreFn::kSigmoid: return function(std::integral_constant<ScoreFn, ScoreFn::kSigmoid>());
-    case ScoreFn::kSqrtSoftplus: return function(std::integral_constant<ScoreFn, ScoreFn::kSqrtSoftplus>());
+    case ScoreFn::kSoftmax:
+      return function(std::integral_constant<ScoreFn, ScoreFn::kSoftmax>());
+    case ScoreFn::kSigmoid:
+      return function(std::integral_constant<ScoreFn, ScoreFn::kSigmoid>());
+    case ScoreFn::kSqrtSoftplus:
+      return function(std::integral_constant<ScoreFn, ScoreFn::kSqrtSoftplus>());
   }
 }
 
 template <typename Layout, ScoreFn kScoreFn>
 auto gate_kernel_for(DType dtype) {
   switch (dtype) {
-    case DType::kBFloat16: return gate_kernel<Layout, kScoreFn, __nv_bfloat16>;
-    case DType::kFloat16: return gate_kernel<Layout, kScoreFn, __half>;
-    default: return gate_kernel<Layout, kScoreFn, float>;
+    case DType::kBFloat16:
+      return gate_kernel<Layout, kScoreFn, __nv_bfloat16>;
+    case DType::kFloat16:
+      return gate_kernel<Layout, kScoreFn, __half>;
+    default:
+      return gate_kernel<Layout, kScoreFn, float>;
   }
 }
 
@@ -243,8 +248,8 @@ void launch_gate(const GateParams& params, cudaStream_t stream) {
       return launch_overlapped("gate", gate_groups_kernel<Layout>, blocks, kThreads, bytes, stream, params);
     }
     dispatch_score_fn(params.score_fn, [&](auto score_fn) {
-      launch_overlapped("gate", gate_kernel_for<Layout, decltype(score_fn)::value>(params.logits_dtype),
-                        blocks, kThreads, bytes, stream, params);
+      launch_overlapped("gate", gate_kernel_for<Layout, decltype(score_fn)::value>(params.logits_dtype), blocks,
+                        kThreads, bytes, stream, params);
     });
   });
 }

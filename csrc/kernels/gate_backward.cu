@@ -36,8 +36,10 @@ __device__ __forceinline__ float sum_ascending(BackwardStorage* storage, int cou
 // Derivative of the score by its logit; for softmax the diagonal part alone is not of use, so it is 1 there.
 __device__ __forceinline__ float score_slope(ScoreFn score_fn, float logit, float score) {
   switch (score_fn) {
-    case ScoreFn::kSoftmax: return 1.0f;
-    case ScoreFn::kSigmoid: return score * (1.0f - score);
+    case ScoreFn::kSoftmax:
+      return 1.0f;
+    case ScoreFn::kSigmoid:
+      return score * (1.0f - score);
     case ScoreFn::kSqrtSoftplus: {
       // the score underflows to 0 for very negative logits, where the derivative's limit is 0
       const float sigmoid = score_of<ScoreFn::kSigmoid>(logit, RowStatistics());
@@ -102,11 +104,17 @@ __device__ __forceinline__ void scatter_slots(BackwardStorage* storage, float* b
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float(float x) { return x; }
+__device__ __forceinline__ float from_float(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
 
 template <typename T, typename Layout>
 __device__ __forceinline__ void store_row(T* row, int num_experts, int lane, const float (&x)[Layout::kValues]) {
@@ -145,7 +153,7 @@ __device__ __forceinline__ void store_grad(const GateBackwardParams& params, int
 }
 
 template <typename Layout>
-__global__ void __launch_bounds__(kGateWarps * kWarpSize) gate_backward_kernel(const GateBackwardParams params) {
+__global__ void __launch_bounds__(kGateWarps* kWarpSize) gate_backward_kernel(const GateBackwardParams params) {
   extern __shared__ __align__(16) char backward_memory[];
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;

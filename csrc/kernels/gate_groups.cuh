@@ -24,9 +24,15 @@ template <typename Layout>
 __device__ __forceinline__ void choices_of(const GateParams& params, const RowStatistics& row, int lane,
                                            float (&x)[Layout::kValues]) {
   switch (params.score_fn) {
-    case ScoreFn::kSoftmax: score_row<ScoreFn::kSoftmax>(x, row); break;
-    case ScoreFn::kSigmoid: score_row<ScoreFn::kSigmoid>(x, row); break;
-    case ScoreFn::kSqrtSoftplus: score_row<ScoreFn::kSqrtSoftplus>(x, row); break;
+    case ScoreFn::kSoftmax:
+      score_row<ScoreFn::kSoftmax>(x, row);
+      break;
+    case ScoreFn::kSigmoid:
+      score_row<ScoreFn::kSigmoid>(x, row);
+      break;
+    case ScoreFn::kSqrtSoftplus:
+      score_row<ScoreFn::kSqrtSoftplus>(x, row);
+      break;
   }
   if (params.correction_bias != nullptr) {
     float bias[Layout::kValues];

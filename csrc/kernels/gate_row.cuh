@@ -101,17 +101,23 @@ template <typename Layout>
 __device__ __forceinline__ void load_logits(const void* logits, DType dtype, int64_t token, int num_experts, int lane,
                                             float (&x)[Layout::kValues]) {
   switch (dtype) {
-    case DType::kFloat32: return load_logits_of<float, Layout>(logits, token, num_experts, lane, x);
-    case DType::kBFloat16: return load_logits_of<__nv_bfloat16, Layout>(logits, token, num_experts, lane, x);
-    case DType::kFloat16: return load_logits_of<__half, Layout>(logits, token, num_experts, lane, x);
+    case DType::kFloat32:
+      return load_logits_of<float, Layout>(logits, token, num_experts, lane, x);
+    case DType::kBFloat16:
+      return load_logits_of<__nv_bfloat16, Layout>(logits, token, num_experts, lane, x);
+    case DType::kFloat16:
+      return load_logits_of<__half, Layout>(logits, token, num_experts, lane, x);
   }
 }
 
 __device__ __forceinline__ float load_logit(const void* logits, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::kFloat32: return static_cast<const float*>(logits)[index];
-    case DType::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(logits)[index]);
-    case DType::kFloat16: return to_float(static_cast<const __half*>(logits)[index]);
+    case DType::kFloat32:
+      return static_cast<const float*>(logits)[index];
+    case DType::kBFloat16:
+      return to_float(static_cast<const __nv_bfloat16*>(logits)[index]);
+    case DType::kFloat16:
+      return to_float(static_cast<const __half*>(logits)[index]);
   }
   return 0.0f;
 }
@@ -135,9 +141,12 @@ __device__ __forceinline__ float score_of(float x, const RowStatistics& row) {
 
 __device__ __forceinline__ float score_of(float x, ScoreFn score_fn, const RowStatistics& row) {
   switch (score_fn) {
-    case ScoreFn::kSoftmax: return score_of<ScoreFn::kSoftmax>(x, row);
-    case ScoreFn::kSigmoid: return score_of<ScoreFn::kSigmoid>(x, row);
-    case ScoreFn::kSqrtSoftplus: return score_of<ScoreFn::kSqrtSoftplus>(x, row);
+    case ScoreFn::kSoftmax:
+      return score_of<ScoreFn::kSoftmax>(x, row);
+    case ScoreFn::kSigmoid:
+      return score_of<ScoreFn::kSigmoid>(x, row);
+    case ScoreFn::kSqrtSoftplus:
+      return score_of<ScoreFn::kSqrtSoftplus>(x, row);
   }
   return 0.0f;
 }

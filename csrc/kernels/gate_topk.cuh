@@ -15,8 +15,8 @@
 namespace moe {
 
 constexpr int kMaxCandidates = 64;
-constexpr float kMaxBound = 1e12f;      // up to here mask_above does not overflow
-constexpr float kBoundMargin = 2e-6f;   // relative, and of 1e-6 at least: takes what equals the bound above it
+constexpr float kMaxBound = 1e12f;     // up to here mask_above does not overflow
+constexpr float kBoundMargin = 2e-6f;  // relative, and of 1e-6 at least: takes what equals the bound above it
 
 // Shared memory of one warp, in front of `values` of Layout::kExperts floats and the groups' scores.
 struct GateStorage {

@@ -1,5 +1,5 @@
-// grouped_mm: c[r] = a[r] @ b[e].T (+ bias[e]) or a[r] @ b[e]. It is the down projection of the forward flow, the input gradient of
-// the up projection, and a public operation.
+// grouped_mm: c[r] = a[r] @ b[e].T (+ bias[e]) or a[r] @ b[e]. It is the down projection of the forward flow, the input
+// gradient of the up projection, and a public operation.
 //
 //   a [S, k], b [E, n, k] or [E, k, n]  ->  c [S, n]
 #include "grouped_gemm/sm80/launch.cuh"
@@ -20,7 +20,8 @@ void grouped_mm_sm80(const GroupedMmParams& params, cudaStream_t stream) {
                                                  static_cast<int>(params.num_rows),
                                                  params.n,
                                                  params.k};
-  const StoreEpilogue<Element> epilogue{static_cast<const Element*>(params.bias), static_cast<Element*>(params.c), params.n};
+  const StoreEpilogue<Element> epilogue{static_cast<const Element*>(params.bias), static_cast<Element*>(params.c),
+                                        params.n};
   sm80::launch_m_grouped<kTransposeB>(operands, epilogue, stream, "grouped_mm");
 }
 
@@ -37,8 +38,9 @@ void grouped_mm_sm90(const GroupedMmParams& params, cudaStream_t stream) {
                               static_cast<int>(params.num_rows),
                               params.n,
                               params.k};
-  const sm90::StoreEpilogue<Element, Config::kBuffers> epilogue{sm90::ragged_map(params.dtype, params.c, params.n, params.n),
-                                              static_cast<Element*>(params.c), static_cast<const Element*>(params.bias), params.n};
+  const sm90::StoreEpilogue<Element, Config::kBuffers> epilogue{
+      sm90::ragged_map(params.dtype, params.c, params.n, params.n), static_cast<Element*>(params.c),
+      static_cast<const Element*>(params.bias), params.n};
   sm90::launch_m_grouped<Config, false, kTransposeB, Element>(product, epilogue, stream, "grouped_mm");
 }
 

@@ -2,7 +2,8 @@
 //
 // T tokens, H hidden size, I expert width, E experts, K experts a token, S = T*K rows.
 // W is the width of the pre-activation: 2*I for a gated activation, I for an ungated one.
-// All pointers are device pointers to contiguous, 16-byte aligned memory unless a comment says otherwise. Sizes are elements.
+// All pointers are device pointers to contiguous, 16-byte aligned memory unless a comment says otherwise. Sizes are
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -77,13 +78,13 @@ struct CombineParams {
 };
 
 struct CombineBackwardParams {
-  const void* grad_output;      // [T, H] of dtype
-  const void* rows;             // [S, H] of dtype
-  const float* topk_weights;    // [T, K]
-  const int32_t* sorted_rows;   // [S]
-  const int32_t* row_of_slot;   // [T, K]
-  void* grad_rows;              // [S, H] of dtype; rows without an expert become 0
-  float* grad_topk_weights;     // [T, K]
+  const void* grad_output;     // [T, H] of dtype
+  const void* rows;            // [S, H] of dtype
+  const float* topk_weights;   // [T, K]
+  const int32_t* sorted_rows;  // [S]
+  const int32_t* row_of_slot;  // [T, K]
+  void* grad_rows;             // [S, H] of dtype; rows without an expert become 0
+  float* grad_topk_weights;    // [T, K]
   int64_t num_tokens;
   int hidden_size;
   int top_k;
@@ -103,8 +104,8 @@ struct PermuteParams {
 
 // out[e] = sum over the rows r of expert e, ascending, of weight(r) * grad(r).
 struct BiasGradParams {
-  const void* grad;               // [T, N] when sorted_rows is given (row r reads token sorted_rows[r] / K), else [S, N]
-  const float* topk_weights;      // [T, K] or null: 1
+  const void* grad;           // [T, N] when sorted_rows is given (row r reads token sorted_rows[r] / K), else [S, N]
+  const float* topk_weights;  // [T, K] or null: 1
   const int32_t* expert_offsets;  // [E + 1]
   const int32_t* sorted_rows;     // [S] or null
   void* output;                   // [E, N] of dtype
@@ -114,7 +115,8 @@ struct BiasGradParams {
   DType dtype;
 };
 
-// grad_topk_weights[t, k] = sum over p, ascending, of partials[row_of_slot[t, k], p] (+ dot(grad_output[t], down_bias[e])).
+// grad_topk_weights[t, k] = sum over p, ascending, of partials[row_of_slot[t, k], p] (+ dot(grad_output[t],
+// down_bias[e])).
 struct RoutingGradParams {
   const float* partials;          // [S, num_partials]; a row without an expert is never read
   const int32_t* row_of_slot;     // [T, K]
@@ -148,7 +150,8 @@ struct UpProjParams {
   float swiglu_limit;  // infinity: none
 };
 
-// c[r] = a[r] @ b[e].T (+ bias[e]) or a[r] @ b[e]: the down projection, the input gradient of the up projection, grouped_mm.
+// c[r] = a[r] @ b[e].T (+ bias[e]) or a[r] @ b[e]: the down projection, the input gradient of the up projection,
+// grouped_mm.
 struct GroupedMmParams {
   const void* a;                  // [S, k] of dtype
   const void* b;                  // [E, n, k] when transpose_b, else [E, k, n]
@@ -163,8 +166,9 @@ struct GroupedMmParams {
   DType dtype;
 };
 
-// u[r] = grad_output[t] @ down_proj[e], kept in fp32 registers; then, with a and its derivatives from pre_activation[r]:
-// grad_pre[r] = w * u * act'(pre), weighted_rows[r] = w * a, partials[r, p] = dot(a, u) over 32 columns.
+// u[r] = grad_output[t] @ down_proj[e], kept in fp32 registers; then, with a and its derivatives from
+// pre_activation[r]: grad_pre[r] = w * u * act'(pre), weighted_rows[r] = w * a, partials[r, p] = dot(a, u) over 32
+// columns.
 struct DownProjBackwardParams {
   const void* grad_output;     // [T, H] of dtype
   const float* topk_weights;   // [T, K]
@@ -184,23 +188,24 @@ struct DownProjBackwardParams {
   float swiglu_limit;
 };
 
-// Columns of I behind one partial sum of the routing-weight gradient. One number for every tile, so that no tile changes a bit.
+// Columns of I behind one partial sum of the routing-weight gradient. One number for every tile, so that no tile
+// changes a bit.
 constexpr int kRoutingGradColumns = 32;
 inline int routing_grad_partials(int intermediate_size) {
   return (intermediate_size + kRoutingGradColumns - 1) / kRoutingGradColumns;
 }
 
-// out[e] = sum over the rows r of expert e, ascending, of outer(grad(r), a(r)), or out[e] += that sum. A side with sorted_rows
-// gathers: row r reads row sorted_rows[r] / K of its tensor.
+// out[e] = sum over the rows r of expert e, ascending, of outer(grad(r), a(r)), or out[e] += that sum. A side with
+// sorted_rows gathers: row r reads row sorted_rows[r] / K of its tensor.
 struct WeightGradParams {
-  const void* grad;                  // [S or T, n] of dtype
-  const void* a;                     // [S or T, k] of dtype
-  const int32_t* expert_offsets;     // [E + 1]
-  const int32_t* grad_sorted_rows;   // [S] or null
-  const int32_t* a_sorted_rows;      // [S] or null
-  void* output;                      // [E, n, k] of dtype, exactly 0 for an expert without rows; or of fp32 when accumulating
+  const void* grad;                 // [S or T, n] of dtype
+  const void* a;                    // [S or T, k] of dtype
+  const int32_t* expert_offsets;    // [E + 1]
+  const int32_t* grad_sorted_rows;  // [S] or null
+  const int32_t* a_sorted_rows;     // [S] or null
+  void* output;  // [E, n, k] of dtype, exactly 0 for an expert without rows; or of fp32 when accumulating
   bool accumulate;
-  int64_t num_rows;                  // S
+  int64_t num_rows;  // S
   int num_experts;
   int n;
   int k;

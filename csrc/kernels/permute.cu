@@ -31,7 +31,7 @@ __device__ __forceinline__ void store_columns(uint4* row, int first, int vectors
   }
 }
 
-__global__ void __launch_bounds__(kWarps * kWarpSize) permute_kernel(const PermuteParams params, int chunks) {
+__global__ void __launch_bounds__(kWarps* kWarpSize) permute_kernel(const PermuteParams params, int chunks) {
   wait_for_previous_kernels();
   allow_next_kernel();
   const int lane = threadIdx.x % kWarpSize;

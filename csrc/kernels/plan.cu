@@ -96,8 +96,8 @@ __device__ __forceinline__ void store_counts(Count* row, const int32_t* counted,
 }
 
 template <int kBatches, typename Count>
-__global__ void __launch_bounds__(kMaxWarps * kWarpSize) plan_count_kernel(const PlanParams params, int stride,
-                                                                           int64_t chunk, int chunks) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    plan_count_kernel(const PlanParams params, int stride, int64_t chunk, int chunks) {
   constexpr int kTiles = 8;  // whose ids are in flight
   extern __shared__ __align__(16) int32_t counted[];
   const CountTable<Count> table = count_table<Count>(params.workspace, stride, chunks);
@@ -144,7 +144,7 @@ constexpr int kCounts = 16 / sizeof(Count);
 // Where the sums of column c lie in memory.all and memory.above: neighbouring threads add to neighbouring words.
 template <typename Count>
 __device__ __forceinline__ int sum_index(int c, int stride) {
-  return c % kCounts<Count> * (stride / kCounts<Count>) + c / kCounts<Count>;
+  return c % kCounts<Count> * (stride / kCounts<Count>)+c / kCounts<Count>;
 }
 
 // The counts in 16 bytes.
@@ -242,8 +242,8 @@ __device__ __forceinline__ void place_tile(const PlanParams& params, const Block
 // Launched while plan_count_kernel runs, which has waited for what wrote topk_ids: they may be read at once. Two blocks
 // on a multiprocessor by registers, so that there is room beside one of plan_count_kernel.
 template <int kBatches, typename Count>
-__global__ void __launch_bounds__(kMaxWarps * kWarpSize, 2) plan_place_kernel(const PlanParams params, int stride,
-                                                                              int64_t chunk) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 2)
+    plan_place_kernel(const PlanParams params, int stride, int64_t chunk) {
   const BlockMemory memory = block_memory(stride, kBatches);
   const int64_t first = blockIdx.x * chunk, end = min(first + chunk, params.num_slots);
   const int warp_offset = threadIdx.x / kWarpSize * (kBatches * kWarpSize);
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpSize, 2) plan_place_kernel(co
 
 // All of it, for at most one tile: where an expert's slots begin in the tile is where its rows begin.
 template <int kBatches>
-__global__ void __launch_bounds__(kMaxWarps * kWarpSize) plan_small_kernel(const PlanParams params, int stride) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) plan_small_kernel(const PlanParams params, int stride) {
   const BlockMemory memory = block_memory(stride, kBatches);
   const int warp_first = threadIdx.x / kWarpSize * (kBatches * kWarpSize);
   int ids[kBatches], places[kBatches];

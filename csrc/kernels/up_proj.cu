@@ -1,5 +1,5 @@
-// up_proj: rows[r] = act(hidden_states[t] @ gate_up_proj[e].T (+ bias)), the rows gathered by the kernel itself, the activation
-// applied to the fp32 accumulators.
+// up_proj: rows[r] = act(hidden_states[t] @ gate_up_proj[e].T (+ bias)), the rows gathered by the kernel itself, the
+// activation applied to the fp32 accumulators.
 //
 //   hidden_states [T, H], gate_up_proj [E, W, H]  ->  rows [S, I] (and pre_activation [S, W])
 //
@@ -38,22 +38,17 @@ void up_proj_sm90(const UpProjParams& params, cudaStream_t stream) {
   sm90::ActivateEpilogue<Element, kSet, sm90::Cooperative128x256::kBuffers> epilogue = {};
   epilogue.rows = sm90::ragged_map(params.dtype, params.rows, columns, columns);
   if (pre != nullptr) epilogue.gate = sm90::ragged_map(params.dtype, pre, columns, kHalves * columns);
-  if (pre != nullptr && is_gated(kSet)) epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);
+  if (pre != nullptr && is_gated(kSet))
+    epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);
   epilogue.rows_data = static_cast<Element*>(params.rows);
   epilogue.pre_activation_data = pre;
   epilogue.bias = static_cast<const Element*>(params.gate_up_bias);
   epilogue.columns = columns;
   epilogue.activation = {params.activation, params.swiglu_limit};
-  const sm90::Product product{params.dtype,
-                              params.hidden_states,
-                              params.plan.sorted_rows,
-                              params.top_k,
-                              params.gate_up_proj,
-                              params.plan.expert_offsets,
-                              params.num_experts,
-                              static_cast<int>(params.num_rows),
-                              kHalves * columns,
-                              params.hidden_size};
+  const sm90::Product product{
+      params.dtype,        params.hidden_states,       params.plan.sorted_rows, params.top_k,
+      params.gate_up_proj, params.plan.expert_offsets, params.num_experts,      static_cast<int>(params.num_rows),
+      kHalves * columns,   params.hidden_size};
   sm90::launch_m_grouped<sm90::Cooperative128x256, true, true, Element>(product, epilogue, stream, "up_proj");
 }
 

@@ -1,4 +1,5 @@
-// weight_grad: out[e] = sum over the rows of expert e of outer(grad, a): the weight gradients of both projections and of grouped_mm.
+// weight_grad: out[e] = sum over the rows of expert e of outer(grad, a): the weight gradients of both projections and
+// of grouped_mm.
 //
 //   grad [S or T, n], a [S or T, k]  ->  out [E, n, k]; see grouped_gemm/sm80/k_grouped.cuh
 #include "grouped_gemm/sm80/launch.cuh"

@@ -1,5 +1,5 @@
-// The torch side of every operator: tensors in, plain pointers out. Arguments were checked in Python with the user's names;
-// what is checked here again is what would make a kernel read outside its memory.
+// The torch side of every operator: tensors in, plain pointers out. Arguments were checked in Python with the user's
+// names; what is checked here again is what would make a kernel read outside its memory.
 #pragma once
 
 #include <cstdint>
@@ -57,10 +57,14 @@ class Launch {
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: check(false, name, " must be float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      check(false, name, " must be float32, bfloat16 or float16");
   }
   return DType::kFloat32;
 }

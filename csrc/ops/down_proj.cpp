@@ -1,4 +1,5 @@
-// Operator down_proj_backward: see kernels/down_proj_backward.cu and row_sums.cu. The forward down projection is grouped_mm.
+// Operator down_proj_backward: see kernels/down_proj_backward.cu and row_sums.cu. The forward down projection is
+// grouped_mm.
 #include "ops.h"
 
 namespace moe {
@@ -15,7 +16,8 @@ Tensor routing_grad(const Tensor& partials, const Tensor& grad_output, const Ten
   params.partials = product.partials;
   params.row_of_slot = row_of_slot;
   params.grad_output = product.grad_output;
-  params.down_bias = checked_data(down_bias, "down_bias", grad_output.scalar_type(), {product.num_experts, product.hidden_size});
+  params.down_bias =
+      checked_data(down_bias, "down_bias", grad_output.scalar_type(), {product.num_experts, product.hidden_size});
   params.expert_offsets = product.plan.expert_offsets;
   params.grad_topk_weights = static_cast<float*>(grad_topk_weights.data_ptr());
   params.num_tokens = topk_weights.size(0);
@@ -31,9 +33,9 @@ Tensor routing_grad(const Tensor& partials, const Tensor& grad_output, const Ten
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor topk_weights, Tensor down_proj,
-                                                      OptionalTensor down_bias, Tensor pre_activation, Tensor expert_offsets,
-                                                      Tensor sorted_rows, Tensor row_of_slot, std::string activation,
-                                                      std::optional<double> swiglu_limit) {
+                                                      OptionalTensor down_bias, Tensor pre_activation,
+                                                      Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot,
+                                                      std::string activation, std::optional<double> swiglu_limit) {
   check_dim(topk_weights, "topk_weights", 2);
   check_dim(down_proj, "down_proj", 3);
   grad_output = aligned(grad_output), down_proj = aligned(down_proj), down_bias = aligned(down_bias);
@@ -48,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor
   params.intermediate_size = checked_width(intermediate_size, "intermediate_size");
   Tensor grad_pre_activation = torch::stable::new_empty(grad_output, {num_rows, width}, dtype);
   Tensor weighted_rows = torch::stable::new_empty(grad_output, {num_rows, intermediate_size}, dtype);
-  Tensor partials = torch::stable::new_empty(
-      grad_output, {num_rows, routing_grad_partials(params.intermediate_size)}, ScalarType::Float);
+  Tensor partials = torch::stable::new_empty(grad_output, {num_rows, routing_grad_partials(params.intermediate_size)},
+                                             ScalarType::Float);
 
   params.grad_output = checked_data(grad_output, "grad_output", dtype, {num_tokens, hidden_size});
   params.topk_weights = float_data(topk_weights, "topk_weights", {num_tokens, top_k});

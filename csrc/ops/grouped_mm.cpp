@@ -54,7 +54,8 @@ Tensor launch_weight_grad(const OptionalTensor& buffer, Tensor grad, Tensor a, c
   params.accumulate = buffer.has_value();
   if (params.accumulate) {
     checked_data(buffer, "the gradient's buffer", ScalarType::Float, {num_experts, n, k});
-    check(reinterpret_cast<uintptr_t>(params.output) % 16 == 0, "the gradient's buffer must begin at a multiple of 16 bytes");
+    check(reinterpret_cast<uintptr_t>(params.output) % 16 == 0,
+          "the gradient's buffer must begin at a multiple of 16 bytes");
   }
   params.num_rows = grad_rows;
   params.num_experts = checked_int(num_experts, "num_experts");
@@ -74,8 +75,8 @@ Tensor weight_grad(Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor 
   return launch_weight_grad(std::nullopt, grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k);
 }
 
-void weight_grad_accumulate(Tensor buffer, Tensor grad, Tensor a, Tensor expert_offsets, OptionalTensor grad_sorted_rows,
-                            OptionalTensor a_sorted_rows, int64_t top_k) {
+void weight_grad_accumulate(Tensor buffer, Tensor grad, Tensor a, Tensor expert_offsets,
+                            OptionalTensor grad_sorted_rows, OptionalTensor a_sorted_rows, int64_t top_k) {
   launch_weight_grad(buffer, grad, a, expert_offsets, grad_sorted_rows, a_sorted_rows, top_k);
 }
 

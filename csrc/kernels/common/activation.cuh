@@ -3,9 +3,9 @@
 //   gated    a = f(gate) * up     f = silu (swiglu), gelu by erf (geglu) or tanh (geglu_tanh), relu (reglu)
 //   ungated  a = f(x)             f = silu, gelu by erf, relu, relu squared
 //
-// swiglu with a limit L clamps first: gate = min(gate, L), up = clamp(up, -L, L); the derivative of a clamp is 1 inside and at
-// the limit, 0 outside. Without a limit L is infinity.
-// Source: Shazeer, GLU Variants Improve Transformer (2020); the limit: DeepSeek-V4.
+// swiglu with a limit L clamps first: gate = min(gate, L), up = clamp(up, -L, L); the derivative of a clamp is 1 inside
+// and at the limit, 0 outside. Without a limit L is infinity. Source: Shazeer, GLU Variants Improve Transformer (2020);
+// the limit: DeepSeek-V4.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -63,7 +63,9 @@ __device__ __forceinline__ ValueAndSlope activate_one(float x) {
 
 // Comparisons let NaN through; fminf and fmaxf would hide it.
 __device__ __forceinline__ float clamp_above(float x, float limit) { return x > limit ? limit : x; }
-__device__ __forceinline__ float clamp_both(float x, float limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
+__device__ __forceinline__ float clamp_both(float x, float limit) {
+  return x > limit ? limit : (x < -limit ? -limit : x);
+}
 
 // Which activations a kernel is built for: swiglu alone (a quarter of the code), all gated ones, all ungated ones.
 enum class ActivationSet { kSwiGLU, kGated, kUngated };
@@ -82,17 +84,25 @@ __device__ __forceinline__ void dispatch_activation(Activation kind, Body&& body
     body(ActivationTag<Activation::kSwiGLU>{});
   } else if constexpr (kSet == ActivationSet::kGated) {
     switch (kind) {
-      case Activation::kGeGLU: return body(ActivationTag<Activation::kGeGLU>{});
-      case Activation::kGeGLUTanh: return body(ActivationTag<Activation::kGeGLUTanh>{});
-      case Activation::kReGLU: return body(ActivationTag<Activation::kReGLU>{});
-      default: return body(ActivationTag<Activation::kSwiGLU>{});
+      case Activation::kGeGLU:
+        return body(ActivationTag<Activation::kGeGLU>{});
+      case Activation::kGeGLUTanh:
+        return body(ActivationTag<Activation::kGeGLUTanh>{});
+      case Activation::kReGLU:
+        return body(ActivationTag<Activation::kReGLU>{});
+      default:
+        return body(ActivationTag<Activation::kSwiGLU>{});
     }
   } else {
     switch (kind) {
-      case Activation::kGELU: return body(ActivationTag<Activation::kGELU>{});
-      case Activation::kReLU: return body(ActivationTag<Activation::kReLU>{});
-      case Activation::kReLU2: return body(ActivationTag<Activation::kReLU2>{});
-      default: return body(ActivationTag<Activation::kSiLU>{});
+      case Activation::kGELU:
+        return body(ActivationTag<Activation::kGELU>{});
+      case Activation::kReLU:
+        return body(ActivationTag<Activation::kReLU>{});
+      case Activation::kReLU2:
+        return body(ActivationTag<Activation::kReLU2>{});
+      default:
+        return body(ActivationTag<Activation::kSiLU>{});
     }
   }
 }
@@ -120,8 +130,9 @@ __device__ __forceinline__ void activate8(const ActivationParams& params, const 
 
 // The same with the derivatives of activated[i] by gate[i] and up[i].
 template <ActivationSet kSet>
-__device__ __forceinline__ void activate8_backward(const ActivationParams& params, const float (&gate)[8], const float (&up)[8],
-                                                   float (&activated)[8], float (&by_gate)[8], float (&by_up)[8]) {
+__device__ __forceinline__ void activate8_backward(const ActivationParams& params, const float (&gate)[8],
+                                                   const float (&up)[8], float (&activated)[8], float (&by_gate)[8],
+                                                   float (&by_up)[8]) {
   dispatch_activation<kSet>(params.kind, [&](auto tag) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

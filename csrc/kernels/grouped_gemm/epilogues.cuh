@@ -1,8 +1,8 @@
 // What happens to a tile's fp32 outputs: eight neighbouring columns of one row at a time.
 //
-// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all) and is called by all
-// lanes of a warp at once with: the row, the first of the 8 columns, the expert (num_experts: none), whether the place exists, and
-// the 8 outputs (`second`: those of the up half of a gated tile).
+// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all) and is
+// called by all lanes of a warp at once with: the row, the first of the 8 columns, the expert (num_experts: none),
+// whether the place exists, and the 8 outputs (`second`: those of the up half of a gated tile).
 #pragma once
 
 #include <cstdint>
@@ -117,8 +117,8 @@ struct ActivateBackwardEpilogue {
   }
 
  private:
-  // 4 neighbouring lanes hold the 32 columns of one partial sum (kRoutingGradColumns), each the sums of its 4 pairs of columns.
-  // First the same pair of all lanes, then the pairs: the order in which the sm_90a engine has them.
+  // 4 neighbouring lanes hold the 32 columns of one partial sum (kRoutingGradColumns), each the sums of its 4 pairs of
+  // columns. First the same pair of all lanes, then the pairs: the order in which the sm_90a engine has them.
   __device__ static float sum_of_32(float (&sums)[4]) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {

@@ -25,7 +25,8 @@ DeviceLimits query_limits(int device) {
     check_cuda(cudaDeviceGetAttribute(&value, which, device), "device attributes");
     return value;
   };
-  limits.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  limits.compute_capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   limits.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.shared_bytes_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
@@ -67,13 +68,15 @@ Engine weight_grad_engine(int64_t num_rows, const DeviceLimits& limits) { return
 
 void force_tile(TileChoice choice) { forced_tile.store(choice, std::memory_order_relaxed); }
 
-// Measured on an H100, up_proj / grouped_mm, ms (docs/tuning.md): 96 rows an expert (v4-flash, T = 4096) 64x128 5.04 / 2.26,
-// 128x128 3.66 / 1.82, 128x256 3.60 / 1.80; 4096 rows (olmoe) 9.49 / 4.41, 7.19 / 3.61, 6.90 / 3.14.
+// Measured on an H100, up_proj / grouped_mm, ms (docs/tuning.md): 96 rows an expert (v4-flash, T = 4096) 64x128 5.04
+// / 2.26, 128x128 3.66 / 1.82, 128x256 3.60 / 1.80; 4096 rows (olmoe) 9.49 / 4.41, 7.19 / 3.61, 6.90 / 3.14.
 TileChoice choose_tile(int64_t num_rows, int num_experts, const DeviceLimits& limits) {
   TileChoice choice = forced_tile.load(std::memory_order_relaxed);
   if (choice == TileChoice::kAuto) {
     const int64_t rows_per_expert = num_rows / std::max(num_experts, 1);
-    choice = rows_per_expert <= 16 ? TileChoice::k16x128 : rows_per_expert <= 48 ? TileChoice::k64x128 : TileChoice::k128x256;
+    choice = rows_per_expert <= 16   ? TileChoice::k16x128
+             : rows_per_expert <= 48 ? TileChoice::k64x128
+                                     : TileChoice::k128x256;
   }
   return shared_bytes_of(choice) <= limits.shared_bytes_per_block ? choice : TileChoice::k128x128;
 }
@@ -81,7 +84,8 @@ TileChoice choose_tile(int64_t num_rows, int num_experts, const DeviceLimits& li
 TileChoice weight_grad_tile(const DeviceLimits& limits) {
   const bool fits = shared_bytes_of(TileChoice::k128x256) <= limits.shared_bytes_per_block;
   const TileChoice forced = forced_tile.load(std::memory_order_relaxed);
-  return fits && (forced == TileChoice::kAuto || forced == TileChoice::k128x256) ? TileChoice::k128x256 : TileChoice::k128x128;
+  return fits && (forced == TileChoice::kAuto || forced == TileChoice::k128x256) ? TileChoice::k128x256
+                                                                                 : TileChoice::k128x128;
 }
 
 }  // namespace moe

@@ -38,7 +38,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Engine { kAuto, kSm80, kSm90 };
 
-// The engine of an m-grouped product. sm_90a code runs on compute capability 9.0 alone, and only where it was built. kAuto never comes back.
+// The engine of an m-grouped product. sm_90a code runs on compute capability 9.0 alone, and only where it was built.
+// kAuto never comes back.
 Engine choose_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits);
 
 // The engine of a weight gradient.
@@ -52,10 +53,12 @@ template <typename Config>
 int persistent_blocks(int64_t tiles, const DeviceLimits& limits) {
   const int by_memory = limits.shared_bytes_per_multiprocessor / (Config::kSharedBytes + 1024);
   const int per_sm = std::max(1, std::min(Config::kBlocksPerSm, by_memory));
-  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(tiles, 1), static_cast<int64_t>(limits.multiprocessors) * per_sm));
+  return static_cast<int>(
+      std::min<int64_t>(std::max<int64_t>(tiles, 1), static_cast<int64_t>(limits.multiprocessors) * per_sm));
 }
 
-// Allows the kernel its shared memory, once a device. The kernel is a template argument because different kernels may have one type.
+// Allows the kernel its shared memory, once a device. The kernel is a template argument because different kernels may
+// have one type.
 template <typename Config, auto kKernel>
 void allow_shared_memory(const char* name) {
   static std::atomic<uint64_t> done{0};
@@ -70,19 +73,26 @@ void allow_shared_memory(const char* name) {
 template <typename Body>
 void dispatch_half(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::kBFloat16: return body(__nv_bfloat16{});
-    case DType::kFloat16: return body(__half{});
-    default: throw std::runtime_error("moe_kernels: the kernels store bfloat16 and float16 only");
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+    case DType::kFloat16:
+      return body(__half{});
+    default:
+      throw std::runtime_error("moe_kernels: the kernels store bfloat16 and float16 only");
   }
 }
 
 template <typename Body>
 void dispatch_tile(TileChoice choice, Body&& body) {
   switch (choice) {
-    case TileChoice::k16x128: return body(Tile16x128{});
-    case TileChoice::k64x128: return body(Tile64x128{});
-    case TileChoice::k128x256: return body(Tile128x256{});
-    default: return body(Tile128x128{});
+    case TileChoice::k16x128:
+      return body(Tile16x128{});
+    case TileChoice::k64x128:
+      return body(Tile64x128{});
+    case TileChoice::k128x256:
+      return body(Tile128x256{});
+    default:
+      return body(Tile128x128{});
   }
 }
 

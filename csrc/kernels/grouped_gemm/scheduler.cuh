@@ -1,9 +1,9 @@
 // Which tile a block computes next, found on the device from expert_offsets: no host needs to know the loads.
 //
-// Tiles are numbered expert by expert, inside an expert by column tile, inside that by row tile, so that neighbouring blocks share
-// the weights' tile. Block b computes tiles b, b + gridDim.x, ...; where two warpgroups of a block take turns, each steps over the
-// other's tiles. The rows behind the last expert (slots whose id was no expert)
-// are one more group, `expert == num_experts`, whose outputs are zeros.
+// Tiles are numbered expert by expert, inside an expert by column tile, inside that by row tile, so that neighbouring
+// blocks share the weights' tile. Block b computes tiles b, b + gridDim.x, ...; where two warpgroups of a block take
+// turns, each steps over the other's tiles. The rows behind the last expert (slots whose id was no expert) are one more
+// group, `expert == num_experts`, whose outputs are zeros.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 namespace moe {
 
 struct Tile {
-  int expert;      // num_experts: rows without an expert
-  int row_begin;   // first row of the tile
-  int row_end;     // one past the last row of the group: rows of the tile beyond it do not exist
+  int expert;     // num_experts: rows without an expert
+  int row_begin;  // first row of the tile
+  int row_end;    // one past the last row of the group: rows of the tile beyond it do not exist
   int column_tile;
 };
 
@@ -21,7 +21,8 @@ template <int kTileRows>
 class TileScheduler {
  public:
   // The caller takes every `step`-th of the block's tiles, beginning with the `first`.
-  __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles, int first = 0, int step = 1)
+  __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles,
+                           int first = 0, int step = 1)
       : offsets_(expert_offsets),
         num_experts_(num_experts),
         num_rows_(num_rows),

@@ -2,10 +2,11 @@
 //
 //   out[e] [n, k] = sum over the rows r of expert e, ascending, of outer(grad[row(r), :], a[row(r), :])
 //
-// Both operands lie row by row, so both are MN-major and ldmatrix transposes them. Either may be gathered; its row numbers travel
-// through a small ring in shared memory, read from global memory one 64-row block before they are needed. Tiles are numbered
-// expert by expert, along the rows of the output, so that what is written at the same time lies together; block b computes tiles
-// b, b + gridDim.x, ... An expert without rows gets zeros. Deterministic: one block a tile.
+// Both operands lie row by row, so both are MN-major and ldmatrix transposes them. Either may be gathered; its row
+// numbers travel through a small ring in shared memory, read from global memory one 64-row block before they are
+// needed. Tiles are numbered expert by expert, along the rows of the output, so that what is written at the same time
+// lies together; block b computes tiles b, b + gridDim.x, ... An expert without rows gets zeros. Deterministic: one
+// block a tile.
 #pragma once
 
 #include "tile_product.cuh"
@@ -55,8 +56,9 @@ struct ExpertRows {
 };
 
 template <typename Config, typename Element>
-__device__ __forceinline__ void k_grouped_main_loop(TileProduct<Config, Element, false, false, false>& product, RowRing& ring,
-                                                    const KGroupedOperands<Element>& operands, int expert, int n_tile, int k_tile) {
+__device__ __forceinline__ void k_grouped_main_loop(TileProduct<Config, Element, false, false, false>& product,
+                                                    RowRing& ring, const KGroupedOperands<Element>& operands,
+                                                    int expert, int n_tile, int k_tile) {
   const ExpertRows<Element> rows{operands.expert_offsets[expert], operands.expert_offsets[expert + 1], operands};
   const MnMajorLoader<Element, Config::kRows, Config::kThreads> grad(operands.grad, operands.n, n_tile * Config::kRows);
   const MnMajorLoader<Element, Config::kCols, Config::kThreads> a(operands.a, operands.k, k_tile * Config::kCols);
@@ -95,7 +97,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int k_tiles = (operands.k + Config::kCols - 1) / Config::kCols;
   const int tiles_per_expert = n_tiles * k_tiles;
   TileProduct<Config, Element, false, false, false> product(shared);
-  for (int64_t index = blockIdx.x; index < static_cast<int64_t>(operands.num_experts) * tiles_per_expert; index += gridDim.x) {
+  for (int64_t index = blockIdx.x; index < static_cast<int64_t>(operands.num_experts) * tiles_per_expert;
+       index += gridDim.x) {
     const int expert = static_cast<int>(index / tiles_per_expert);
     const int local = static_cast<int>(index % tiles_per_expert);
     const int k_tile = local % k_tiles, n_tile = local / k_tiles;

@@ -12,9 +12,11 @@ void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue&
                       cudaStream_t stream, const char* name) {
   constexpr auto kKernel = m_grouped_kernel<Config, Element, kWeightsKMajor, Epilogue>;
   allow_shared_memory<Config, kKernel>(name);
-  const int64_t row_tiles = ceil_div(operands.num_rows, Config::kRows) + std::min(operands.num_experts, operands.num_rows);
+  const int64_t row_tiles =
+      ceil_div(operands.num_rows, Config::kRows) + std::min(operands.num_experts, operands.num_rows);
   const int64_t column_tiles = ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
-  if (row_tiles * column_tiles >= int64_t{1} << 31) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
+  if (row_tiles * column_tiles >= int64_t{1} << 31)
+    throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
   const int blocks = persistent_blocks<Config>(row_tiles * column_tiles, limits);
   kKernel<<<blocks, Config::kThreads, Config::kSharedBytes, stream>>>(operands, epilogue);
   check_launch(name);
@@ -22,7 +24,8 @@ void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue&
 
 // Picks the tile by the number of rows an expert has in the mean.
 template <bool kWeightsKMajor, typename Element, typename Epilogue>
-void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
+void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue, cudaStream_t stream,
+                      const char* name) {
   if (operands.num_rows == 0) return;
   const DeviceLimits limits = device_limits();
   dispatch_tile(choose_tile(operands.num_rows, operands.num_experts, limits), [&](auto config) {
@@ -31,11 +34,14 @@ void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue&
 }
 
 template <typename Config, typename Element, typename Epilogue>
-void launch_k_grouped(const KGroupedOperands<Element>& operands, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
+void launch_k_grouped(const KGroupedOperands<Element>& operands, const Epilogue& epilogue, cudaStream_t stream,
+                      const char* name) {
   constexpr auto kKernel = k_grouped_kernel<Config, Element, Epilogue>;
   allow_shared_memory<Config, kKernel>(name);
-  const int64_t tiles = operands.num_experts * ceil_div(operands.n, Config::kRows) * ceil_div(operands.k, Config::kCols);
-  kKernel<<<persistent_blocks<Config>(tiles, device_limits()), Config::kThreads, Config::kSharedBytes, stream>>>(operands, epilogue);
+  const int64_t tiles =
+      operands.num_experts * ceil_div(operands.n, Config::kRows) * ceil_div(operands.k, Config::kCols);
+  kKernel<<<persistent_blocks<Config>(tiles, device_limits()), Config::kThreads, Config::kSharedBytes, stream>>>(
+      operands, epilogue);
   check_launch(name);
 }
 

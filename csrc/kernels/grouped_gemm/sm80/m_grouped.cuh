@@ -2,8 +2,8 @@
 //
 //   y[r, :] = x[row(r), :] @ b[e].T   (b [E, n, k], K-major)    or    x[row(r), :] @ b[e]   (b [E, k, n], MN-major)
 //
-// x is gathered where row_index is given: row(r) = row_index[r] / row_divisor, else row(r) = r. A block computes one tile after
-// another (scheduler.cuh). Deterministic: a tile belongs to one block and nothing is summed across blocks.
+// x is gathered where row_index is given: row(r) = row_index[r] / row_divisor, else row(r) = r. A block computes one
+// tile after another (scheduler.cuh). Deterministic: a tile belongs to one block and nothing is summed across blocks.
 #pragma once
 
 #include "../scheduler.cuh"
@@ -41,16 +41,24 @@ struct MGroupedMainLoop {
     if constexpr (kWeightsKMajor) {
       const KMajorLoader<Element, Config::kCols, Config::kThreads> columns(
           expert, operands.k, [&](int i) { return weight_row(operands.n, tile.column_tile, i); });
-      product.run(num_blocks, [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
-        rows.load(part, a_stage, block * kDepth);
-        columns.load(part, b_stage, block * kDepth);
-      }, nothing);
+      product.run(
+          num_blocks,
+          [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
+            rows.load(part, a_stage, block * kDepth);
+            columns.load(part, b_stage, block * kDepth);
+          },
+          nothing);
     } else {
-      const MnMajorLoader<Element, Config::kCols, Config::kThreads> columns(expert, operands.n, tile.column_tile * Config::kCols);
-      product.run(num_blocks, [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
-        rows.load(part, a_stage, block * kDepth);
-        columns.load(part, b_stage, [&](int i) { return block * kDepth + i < operands.k ? block * kDepth + i : -1; });
-      }, nothing);
+      const MnMajorLoader<Element, Config::kCols, Config::kThreads> columns(expert, operands.n,
+                                                                            tile.column_tile * Config::kCols);
+      product.run(
+          num_blocks,
+          [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
+            rows.load(part, a_stage, block * kDepth);
+            columns.load(part, b_stage,
+                         [&](int i) { return block * kDepth + i < operands.k ? block * kDepth + i : -1; });
+          },
+          nothing);
     }
   }
 
@@ -73,7 +81,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   using MainLoop = MGroupedMainLoop<Config, Element, kWeightsKMajor, Epilogue::kGated>;
   constexpr int kOutputCols = Config::kCols / (Epilogue::kGated ? 2 : 1);
   const int column_tiles = (epilogue.columns + kOutputCols - 1) / kOutputCols;
-  TileScheduler<Config::kRows> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows, column_tiles);
+  TileScheduler<Config::kRows> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
+                                         column_tiles);
   typename MainLoop::Product product(shared);
   Tile tile;
   while (scheduler.next(tile)) {

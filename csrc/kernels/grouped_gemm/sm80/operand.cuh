@@ -1,8 +1,9 @@
-// One operand of a tile product: how its stage lies in shared memory, how it is copied there and how a warp reads it back.
+// One operand of a tile product: how its stage lies in shared memory, how it is copied there and how a warp reads it
+// back.
 //
-// K-major: the stage is [kExtent rows][64 of the contraction], 128 bytes a row. MN-major: [64 of the contraction][kExtent].
-// Either way the 16-byte chunks of a row are permuted by XOR with (row % 8): the 8 rows that one ldmatrix phase reads, and the 8
-// chunks that a quarter-warp of cp.async writes, fall into 8 different bank groups.
+// K-major: the stage is [kExtent rows][64 of the contraction], 128 bytes a row. MN-major: [64 of the
+// contraction][kExtent]. Either way the 16-byte chunks of a row are permuted by XOR with (row % 8): the 8 rows that one
+// ldmatrix phase reads, and the 8 chunks that a quarter-warp of cp.async writes, fall into 8 different bank groups.
 #pragma once
 
 #include "ptx.cuh"
@@ -63,8 +64,7 @@ class MnMajorLoader {
   static constexpr int kPasses = kDepth / kRowStep;
   static_assert(kRowStep % 8 == 0 || kPasses == 1, "the swizzle of a thread's rows must be one");
 
-  __device__ MnMajorLoader(const Element* source, int pitch, int column)
-      : pitch_(pitch), row_(threadIdx.x / kChunks) {
+  __device__ MnMajorLoader(const Element* source, int pitch, int column) : pitch_(pitch), row_(threadIdx.x / kChunks) {
     const int chunk = threadIdx.x % kChunks;
     column_valid_ = column + chunk * 8 < pitch;
     source_ = column_valid_ ? source + column + chunk * 8 : source;
@@ -100,7 +100,8 @@ __device__ __forceinline__ void load_a_fragment(uint32_t (&fragment)[4], uint32_
     ldmatrix_x4<false>(fragment, stage + (row + p + 8 * (q & 1)) * 128 + chunk * 16);
   } else {
     const int chunk = row / 8 + (q & 1);
-    ldmatrix_x4<true>(fragment, stage + (step * 16 + p + 8 * (q / 2)) * kExtent * 2 + ((chunk & ~7) | ((chunk ^ p) & 7)) * 16);
+    ldmatrix_x4<true>(fragment,
+                      stage + (step * 16 + p + 8 * (q / 2)) * kExtent * 2 + ((chunk & ~7) | ((chunk ^ p) & 7)) * 16);
   }
 }
 
@@ -114,7 +115,8 @@ __device__ __forceinline__ void load_b_fragment(uint32_t (&fragment)[4], uint32_
     ldmatrix_x4<false>(fragment, stage + (column + p + 8 * (q / 2)) * 128 + chunk * 16);
   } else {
     const int chunk = column / 8 + q / 2;
-    ldmatrix_x4<true>(fragment, stage + (step * 16 + p + 8 * (q & 1)) * kExtent * 2 + ((chunk & ~7) | ((chunk ^ p) & 7)) * 16);
+    ldmatrix_x4<true>(fragment,
+                      stage + (step * 16 + p + 8 * (q & 1)) * kExtent * 2 + ((chunk & ~7) | ((chunk ^ p) & 7)) * 16);
   }
 }
 

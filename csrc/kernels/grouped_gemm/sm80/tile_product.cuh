@@ -1,5 +1,5 @@
-// The product of one tile: cp.async fills kStages stages ahead, each warp multiplies its part of the stage that has landed; then
-// the fp32 outputs go through shared memory to the epilogue, eight columns of a row to a lane.
+// The product of one tile: cp.async fills kStages stages ahead, each warp multiplies its part of the stage that has
+// landed; then the fp32 outputs go through shared memory to the epilogue, eight columns of a row to a lane.
 //
 // Every output is one chain of mma.m16n8k16 over the contraction, ascending from zero: no tile shape changes a bit.
 #pragma once
@@ -16,8 +16,8 @@ class TileProduct {
   static constexpr int kStepsM = Config::kWarpRows / 16;
   static constexpr int kStepsN = Config::kWarpCols / 16;
   static constexpr int kABytes = Config::kRows * kDepth * 2;
-  // Where only two warps share a tensor core, the fragments of the next step are read while this one is multiplied; with four,
-  // the other warps hide the reads, and 128 registers a thread leave no room for a second set.
+  // Where only two warps share a tensor core, the fragments of the next step are read while this one is multiplied;
+  // with four, the other warps hide the reads, and 128 registers a thread leave no room for a second set.
   static constexpr int kBuffers = Config::kThreads >= 512 ? 1 : 2;
 
   __device__ explicit TileProduct(uint8_t* shared) : shared_(shared), stages_(shared_address(shared)) {
@@ -35,11 +35,13 @@ class TileProduct {
         for (int i = 0; i < 4; ++i) outputs_[m][n][i] = 0.0f;
   }
 
-  // load(part, a_stage, b_stage, block): starts one of kSteps parts of the copies of that 64-deep block. before_barrier(block)
-  // runs in every block after the last part was started and before the barrier behind which the next block's copies start.
+  // load(part, a_stage, b_stage, block): starts one of kSteps parts of the copies of that 64-deep block.
+  // before_barrier(block) runs in every block after the last part was started and before the barrier behind which the
+  // next block's copies start.
   //
   // Copies and fragment reads are spread between the products: a burst of either leaves the tensor cores idle. With two
-  // fragment buffers the last step of a block waits for the next block and reads its first fragments before it multiplies.
+  // fragment buffers the last step of a block waits for the next block and reads its first fragments before it
+  // multiplies.
   template <typename Load, typename BeforeBarrier>
   __device__ void run(int num_blocks, Load load, BeforeBarrier before_barrier) {
 #pragma unroll
@@ -57,13 +59,15 @@ class TileProduct {
       each_part([&](auto part) {
         constexpr int kStep = decltype(part)::value;
         if (kBuffers == 1) load_fragments(0, a_stage(read), b_stage(read), kStep);
-        if (kBuffers == 2 && kStep + 1 < kSteps) load_fragments((kStep + 1) & 1, a_stage(read), b_stage(read), kStep + 1);
+        if (kBuffers == 2 && kStep + 1 < kSteps)
+          load_fragments((kStep + 1) & 1, a_stage(read), b_stage(read), kStep + 1);
         if (ahead < num_blocks) load(part, a_stage(write), b_stage(write), ahead);
         if (kStep + 1 == kSteps) {
           cp_async_commit();  // an empty group at the end keeps the count of groups right
           before_barrier(block);
           cp_async_wait<Config::kStages - 2>();
-          __syncthreads();  // block + 1 has landed for all threads, and nobody still reads the stage that is filled next
+          __syncthreads();  // block + 1 has landed for all threads, and nobody still reads the stage that is filled
+                            // next
           if (kBuffers == 2 && block + 1 < num_blocks) load_fragments(0, a_stage(next), b_stage(next), 0);
         }
         multiply(kStep & (kBuffers - 1));
@@ -75,7 +79,8 @@ class TileProduct {
     __syncthreads();
   }
 
-  // place_of(row, column) with row and output column relative to the tile. Leaves the shared memory free for the next tile.
+  // place_of(row, column) with row and output column relative to the tile. Leaves the shared memory free for the next
+  // tile.
   template <typename Epilogue, typename PlaceOf>
   __device__ void finish(const Epilogue& epilogue, PlaceOf place_of) {
     float* staging = reinterpret_cast<float*>(shared_) + threadIdx.x / 32 * Config::kWarpRows * Config::kStagingStride;
@@ -100,8 +105,8 @@ class TileProduct {
   __device__ uint32_t a_stage(int stage) const { return stages_ + stage * Config::kStageBytes; }
   __device__ uint32_t b_stage(int stage) const { return a_stage(stage) + kABytes; }
 
-  // Column of the stage where the n-th 16 columns of this warp begin. A gated warp takes half from each half of the tile, so
-  // that gate and up of one column meet in it.
+  // Column of the stage where the n-th 16 columns of this warp begin. A gated warp takes half from each half of the
+  // tile, so that gate and up of one column meet in it.
   __device__ int b_column(int n) const {
     if constexpr (kGated) {
       constexpr int kHalf = Config::kWarpCols / 2;
@@ -126,7 +131,8 @@ class TileProduct {
       load_a_fragment<kAKMajor, Config::kRows>(a_[buffer][m], a_stage, warp_m_ * Config::kWarpRows + m * 16, step);
     }
 #pragma unroll
-    for (int n = 0; n < kStepsN; ++n) load_b_fragment<kBKMajor, Config::kCols>(b_[buffer][n], b_stage, b_column(n), step);
+    for (int n = 0; n < kStepsN; ++n)
+      load_b_fragment<kBKMajor, Config::kCols>(b_[buffer][n], b_stage, b_column(n), step);
   }
 
   __device__ void multiply(int buffer) {
@@ -139,7 +145,8 @@ class TileProduct {
       }
   }
 
-  // Accumulator layout of m16n8: elements 0, 1 are row lane / 4, columns 2 (lane % 4) and the next; 2, 3 the row 8 below.
+  // Accumulator layout of m16n8: elements 0, 1 are row lane / 4, columns 2 (lane % 4) and the next; 2, 3 the row 8
+  // below.
   __device__ void stage_outputs(float* staging) const {
     const int lane = threadIdx.x % 32;
     float* corner = staging + lane / 4 * Config::kStagingStride + lane % 4 * 2;

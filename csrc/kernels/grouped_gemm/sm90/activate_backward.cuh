@@ -1,7 +1,8 @@
 // The epilogue of down_proj_backward: see DownProjBackwardParams. The outputs are u = grad_output @ down_proj.
 //
-// TMA brings the pre-activation, 64 rows x 64 columns a time, into one of two slots, the first two while the products still run.
-// The gradients overwrite them where they lie, in the layout in which they came, and TMA stores them from there.
+// TMA brings the pre-activation, 64 rows x 64 columns a time, into one of two slots, the first two while the products
+// still run. The gradients overwrite them where they lie, in the layout in which they came, and TMA stores them from
+// there.
 #pragma once
 
 #include "epilogues.cuh"
@@ -17,15 +18,15 @@ struct ActivateBackwardEpilogue {
   static constexpr int kSharedBytes = 2 * kSlotBytes + kPieceBytes;
   static constexpr int kBarriers = 2;
   static constexpr int kUnits = 4;  // pieces of 64 x 64 of a consumer's part of a tile, kPieces beside each other
-  CUtensorMap gate, up;            // ragged, the halves of pre_activation [S, kHalves * columns]
-  CUtensorMap grad_gate, grad_up;  // ragged, of grad_pre_activation
-  CUtensorMap weighted_rows;       // ragged, [S, columns]
+  CUtensorMap gate, up;             // ragged, the halves of pre_activation [S, kHalves * columns]
+  CUtensorMap grad_gate, grad_up;   // ragged, of grad_pre_activation
+  CUtensorMap weighted_rows;        // ragged, [S, columns]
   Element* grad_pre_activation_data;
   Element* weighted_rows_data;
-  const float* topk_weights;  // [T * K]
-  const int32_t* sorted_rows;      // [S]
-  float* partials;                 // [S, num_partials]
-  int columns;                     // I
+  const float* topk_weights;   // [T * K]
+  const int32_t* sorted_rows;  // [S]
+  float* partials;             // [S, num_partials]
+  int columns;                 // I
   int num_partials;
   ActivationParams activation;
 
@@ -38,7 +39,8 @@ struct ActivateBackwardEpilogue {
 
   class Worker {
    public:
-    __device__ Worker(const ActivateBackwardEpilogue& epilogue, const Consumer& consumer) : epilogue_(epilogue), consumer_(consumer) {}
+    __device__ Worker(const ActivateBackwardEpilogue& epilogue, const Consumer& consumer)
+        : epilogue_(epilogue), consumer_(consumer) {}
 
     __device__ __forceinline__ void begin(const ConsumerTile& tile) {
       if (!consumer_.leads()) return;
@@ -81,7 +83,8 @@ struct ActivateBackwardEpilogue {
         if (consumer_.leads()) {
           const int column = tile.column + piece * 64;
           store_ragged(epilogue_.grad_gate, slot, column, row, tile.row_end);
-          if constexpr (kGatedActivation) store_ragged(epilogue_.grad_up, slot + kPieceBytes, column, row, tile.row_end);
+          if constexpr (kGatedActivation)
+            store_ragged(epilogue_.grad_up, slot + kPieceBytes, column, row, tile.row_end);
           store_ragged(epilogue_.weighted_rows, weighted_piece(), column, row, tile.row_end);
           tma_commit();
         }
@@ -104,7 +107,8 @@ struct ActivateBackwardEpilogue {
       barrier_arrive_expect(barrier, kSlotBytes);
       tma_load(slot, epilogue_.gate, barrier, column, ragged_row(row, tile.row_end), kRaggedRows, tile.row_end);
       if constexpr (kGatedActivation) {
-        tma_load(slot + kPieceBytes, epilogue_.up, barrier, column, ragged_row(row, tile.row_end), kRaggedRows, tile.row_end);
+        tma_load(slot + kPieceBytes, epilogue_.up, barrier, column, ragged_row(row, tile.row_end), kRaggedRows,
+                 tile.row_end);
       }
     }
 
@@ -112,8 +116,8 @@ struct ActivateBackwardEpilogue {
       unpack8<Element>(make_uint4(words[0], words[1], words[2], words[3]), values);
     }
 
-    // 16 columns of the slot: puts the gradients where the pre-activation was. sums[h][i]: dot(activated, u) over this thread's two
-    // columns of the h-th 8, i = 0 its own row, 1 the row 8 below.
+    // 16 columns of the slot: puts the gradients where the pre-activation was. sums[h][i]: dot(activated, u) over this
+    // thread's two columns of the h-th 8, i = 0 its own row, 1 the row 8 below.
     __device__ __forceinline__ void gradients(uint32_t slot, int group, const float (&u)[8], const float (&weights)[2],
                                               float (&sums)[2][2]) const {
       float gate[8], up[8], activated[8], by_gate[8], by_up[8];
@@ -150,14 +154,16 @@ struct ActivateBackwardEpilogue {
       stmatrix_x4(consumer_.matrix_address(weighted_piece(), group), words);
     }
 
-    __device__ __forceinline__ void store_partials(const ConsumerTile& tile, int first_row, int column, float (&sums)[2]) const {
+    __device__ __forceinline__ void store_partials(const ConsumerTile& tile, int first_row, int column,
+                                                   float (&sums)[2]) const {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
         sums[i] += __shfl_xor_sync(~0u, sums[i], 2);
         const int row = first_row + consumer_.row() + 8 * i;
         if (threadIdx.x % 4 == 0 && row < tile.row_end && column < epilogue_.columns) {
-          epilogue_.partials[static_cast<int64_t>(row) * epilogue_.num_partials + column / kRoutingGradColumns] = sums[i];
+          epilogue_.partials[static_cast<int64_t>(row) * epilogue_.num_partials + column / kRoutingGradColumns] =
+              sums[i];
         }
       }
     }

@@ -1,9 +1,9 @@
-// What happens to a consumer's fp32 outputs. The results are laid into shared memory as TMA wants them, 64 rows x 64 columns a time,
-// and TMA stores them through ragged maps, which end at the expert's last row.
+// What happens to a consumer's fp32 outputs. The results are laid into shared memory as TMA wants them, 64 rows x 64
+// columns a time, and TMA stores them through ragged maps, which end at the expert's last row.
 //
-// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all), the shared memory and
-// barriers that a consumer warpgroup needs, and a Worker with begin(tile) before a tile's products and finish(tile, fragment,
-// outputs) after them; zeros(tile, rows, columns) takes their place where rows have no expert.
+// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all), the shared
+// memory and barriers that a consumer warpgroup needs, and a Worker with begin(tile) before a tile's products and
+// finish(tile, fragment, outputs) after them; zeros(tile, rows, columns) takes their place where rows have no expert.
 #pragma once
 
 #include "../../common/activation.cuh"
@@ -17,9 +17,9 @@ constexpr int kPieceBytes = 64 * 128;  // 64 rows x 64 columns
 
 // A consumer warpgroup's part of a tile.
 struct ConsumerTile {
-  int row;         // of the first fragment
-  int row_end;     // of the group: rows from here on do not exist
-  int column;      // first output column
+  int row;      // of the first fragment
+  int row_end;  // of the group: rows from here on do not exist
+  int column;   // first output column
   int expert;
 };
 
@@ -34,7 +34,8 @@ struct Consumer {
     if (index == 0) named_barrier_sync<1, 128>();
     else named_barrier_sync<2, 128>();
   }
-  // Shared address, in the piece at `piece`, of this lane's 16 bytes of a stmatrix or ldmatrix of columns 16 group .. + 15.
+  // Shared address, in the piece at `piece`, of this lane's 16 bytes of a stmatrix or ldmatrix of columns 16 group ..
+  // + 15.
   __device__ uint32_t matrix_address(uint32_t piece, int group) const {
     const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
     return piece + row * 128 + (((2 * group + threadIdx.x % 32 / 16) ^ (row % 8)) << 4);
@@ -59,7 +60,8 @@ __device__ __forceinline__ void take8(const float (&outputs)[kCount], int first,
 
 // Adds bias[0 .. 63] to 64 columns: outputs first .. first + 31. Columns beyond `columns` are not read.
 template <typename Element, int kCount>
-__device__ __forceinline__ void add_bias(float (&outputs)[kCount], int first, const Element* bias, int columns, int lane_column) {
+__device__ __forceinline__ void add_bias(float (&outputs)[kCount], int first, const Element* bias, int columns,
+                                         int lane_column) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const int column = 8 * j + lane_column;
@@ -75,7 +77,8 @@ __device__ __forceinline__ void add_bias(float (&outputs)[kCount], int first, co
 
 // Rows [row, row_end) x columns [column, column_end) of data become 0. Bounds of columns are multiples of 8.
 template <typename Element>
-__device__ __forceinline__ void store_zeros(Element* data, int pitch, int row, int row_end, int column, int column_end) {
+__device__ __forceinline__ void store_zeros(Element* data, int pitch, int row, int row_end, int column,
+                                            int column_end) {
   const int chunks = (column_end - column) / 8;
   for (int i = threadIdx.x % 128; i < (row_end - row) * chunks; i += 128) {
     const int64_t place = static_cast<int64_t>(row + i / chunks) * pitch + column + i % chunks * 8;
@@ -119,7 +122,8 @@ class Stager {
       const int row = consumer_.row() + i % 2 * 8, column = i / 2 * 8 + consumer_.column();
       const uint32_t address = piece + row * 128 + ((column / 4 ^ row % 8) << 4) + column % 4 * 4;
       const int at = first + i / 2 * 4 + i % 2 * 2;
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(outputs[at]), "f"(outputs[at + 1]) : "memory");
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(outputs[at]), "f"(outputs[at + 1])
+                   : "memory");
     }
     hand_over(piece, store_piece);
   }
@@ -149,7 +153,7 @@ struct StoreEpilogue {
   static constexpr bool kGated = false;
   static constexpr int kSharedBytes = Stager<kBuffers>::kBytes;
   static constexpr int kBarriers = 0;
-  CUtensorMap output;   // ragged, [S, columns]
+  CUtensorMap output;  // ragged, [S, columns]
   Element* output_data;
   const Element* bias;  // [E, columns] or null
   int columns;
@@ -199,8 +203,8 @@ struct ActivateEpilogue {
   CUtensorMap gate, up;  // ragged, the halves of pre_activation; up only when gated
   Element* rows_data;
   Element* pre_activation_data;  // null: not kept
-  const Element* bias;   // [E, columns or 2 * columns] or null
-  int columns;           // I
+  const Element* bias;           // [E, columns or 2 * columns] or null
+  int columns;                   // I
   ActivationParams activation;
 
   __device__ void zeros(int row, int row_end, int column, int column_end) const {
@@ -246,8 +250,10 @@ struct ActivateEpilogue {
 
    private:
     template <typename ValuesOf>
-    __device__ __forceinline__ void store(const CUtensorMap& map, int column, int row, int row_end, ValuesOf values_of) {
-      stager_.template store<Element>(values_of, [&](uint32_t piece) { store_ragged(map, piece, column, row, row_end); });
+    __device__ __forceinline__ void store(const CUtensorMap& map, int column, int row, int row_end,
+                                          ValuesOf values_of) {
+      stager_.template store<Element>(values_of,
+                                      [&](uint32_t piece) { store_ragged(map, piece, column, row, row_end); });
     }
 
     template <int kCount>

@@ -2,10 +2,10 @@
 //
 //   out[e] [n, k] (+)= sum over the rows r of expert e, ascending, of outer(grad[row(r), :], a[row(r), :])
 //
-// Both operands lie row by row, so both are MN-major: a stage is 64 rows, in chunks of 64 columns. One side may be gathered, by
-// cp.async of the producer's 128 threads; it gets the narrow side of the tile. The other comes through a ragged map, which reads
-// zeros behind the expert's last row. Tiles are numbered expert by expert, along the rows of the output. An expert without rows gets
-// zeros, or, where the gradient is added to what is there, nothing.
+// Both operands lie row by row, so both are MN-major: a stage is 64 rows, in chunks of 64 columns. One side may be
+// gathered, by cp.async of the producer's 128 threads; it gets the narrow side of the tile. The other comes through a
+// ragged map, which reads zeros behind the expert's last row. Tiles are numbered expert by expert, along the rows of
+// the output. An expert without rows gets zeros, or, where the gradient is added to what is there, nothing.
 #pragma once
 
 #include "../../common/divisor.h"
@@ -29,8 +29,9 @@ struct KGroupedOperands {
 
 enum class Gathered { kNone, kGrad, kA };
 
-// Copies 64 gathered rows x 128 columns a stage. Thread t copies 16-byte chunk t % 8 of both column chunks of rows t / 8 + 16 i. Row
-// numbers are read one stage ahead of their copies. Columns behind the last one repeat others: such outputs are not stored.
+// Copies 64 gathered rows x 128 columns a stage. Thread t copies 16-byte chunk t % 8 of both column chunks of rows t /
+// 8 + 16 i. Row numbers are read one stage ahead of their copies. Columns behind the last one repeat others: such
+// outputs are not stored.
 template <typename Element>
 class ColumnGather {
  public:
@@ -121,7 +122,8 @@ class WeightTiles {
 };
 
 template <int kChunks>
-__device__ __forceinline__ void load_ragged(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int column, int row, int end) {
+__device__ __forceinline__ void load_ragged(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int column,
+                                            int row, int end) {
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     tma_load(stage + chunk * kMnChunkBytes, map, barrier, column + chunk * 64, ragged_row(row, end), kRaggedRows, end);
@@ -129,7 +131,8 @@ __device__ __forceinline__ void load_ragged(const CUtensorMap& map, uint32_t sta
 }
 
 template <typename Config, typename Element, Gathered kGathered>
-__device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Element>& operands, const Ring<Config>& ring) {
+__device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Element>& operands,
+                                                     const Ring<Config>& ring) {
   constexpr int kTmaBytes =
       (kGathered == Gathered::kGrad ? 0 : Config::kABytes) + (kGathered == Gathered::kA ? 0 : Config::kBBytes);
   if (kGathered == Gathered::kNone && threadIdx.x > 0) return;
@@ -178,9 +181,11 @@ struct WeightStore {
   CUtensorMap output;  // [E, n, k], boxes of 64 rows
   void* output_data;
 
-  __device__ void zeros(const KGroupedOperands<Element>& operands, const WeightTile& tile, int row, int rows, int columns) const {
+  __device__ void zeros(const KGroupedOperands<Element>& operands, const WeightTile& tile, int row, int rows,
+                        int columns) const {
     Element* expert = static_cast<Element*>(output_data) + static_cast<int64_t>(tile.expert) * operands.n * operands.k;
-    store_zeros(expert, operands.k, row, min(row + rows, operands.n), tile.column, min(tile.column + columns, operands.k));
+    store_zeros(expert, operands.k, row, min(row + rows, operands.n), tile.column,
+                min(tile.column + columns, operands.k));
   }
 
   template <int kBuffers, int kCount>
@@ -191,10 +196,12 @@ struct WeightStore {
       const int column = tile.column + piece * kPieceColumns;
       if (column >= width) break;
       if constexpr (kAccumulate) {
-        stager.store_fp32(outputs, piece * 16, [&](uint32_t shared) { tma_add(output, shared, column, row, tile.expert); });
+        stager.store_fp32(outputs, piece * 16,
+                          [&](uint32_t shared) { tma_add(output, shared, column, row, tile.expert); });
       } else {
-        stager.template store<Element>([&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
-                                       [&](uint32_t shared) { tma_store_streaming(output, shared, column, row, tile.expert); });
+        stager.template store<Element>(
+            [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
+            [&](uint32_t shared) { tma_store_streaming(output, shared, column, row, tile.expert); });
       }
     }
   }
@@ -202,8 +209,8 @@ struct WeightStore {
 
 template <typename Config, typename Element, Gathered kGathered, bool kAccumulate>
 __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Element>& operands,
-                                                     const WeightStore<Element, kAccumulate>& store, const Ring<Config>& ring,
-                                                     const Consumer& consumer) {
+                                                     const WeightStore<Element, kAccumulate>& store,
+                                                     const Ring<Config>& ring, const Consumer& consumer) {
   WeightTiles<Config, Element> tiles(operands);
   RingPosition<Config> position;
   Stager<Config::kBuffers> stager(consumer);
@@ -222,8 +229,8 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
       continue;
     }
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
-    multiply<Config, Element, false, false, kGathered != Gathered::kNone>(outputs, ring, position, blocks, first_fragment,
-                                                                          consumer.leads());
+    multiply<Config, Element, false, false, kGathered != Gathered::kNone>(outputs, ring, position, blocks,
+                                                                          first_fragment, consumer.leads());
 #pragma unroll
     for (int f = 0; f < Config::kFragments; ++f) {
       const int row = first_row + f * 64;

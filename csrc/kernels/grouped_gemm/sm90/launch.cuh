@@ -35,9 +35,11 @@ void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStre
   MGroupedOperands<Element> operands = {};
   if (!kGathered) operands.rows = rows_map(product.dtype, product.x, product.num_rows, product.k, Config::kRows);
   if (Epilogue::kGated) {
-    operands.weights = gated_experts_map(product.dtype, product.weights, product.num_experts, product.n / 2, product.k, Config::kCols / 2);
+    operands.weights = gated_experts_map(product.dtype, product.weights, product.num_experts, product.n / 2, product.k,
+                                         Config::kCols / 2);
   } else if (kWeightsKMajor) {
-    operands.weights = experts_map(product.dtype, product.weights, product.num_experts, product.n, product.k, Config::kCols);
+    operands.weights =
+        experts_map(product.dtype, product.weights, product.num_experts, product.n, product.k, Config::kCols);
   } else {
     operands.weights = experts_map(product.dtype, product.weights, product.num_experts, product.k, product.n, kDepth);
   }
@@ -74,7 +76,8 @@ void launch_k_grouped(const WeightGradParams& params, cudaStream_t stream) {
   operands.n = params.n;
   operands.k = params.k;
   const WeightStore<Element, kAccumulate> store{experts_map(kAccumulate ? DType::kFloat32 : params.dtype, params.output,
-                                                            params.num_experts, params.n, params.k, 64), params.output};
+                                                            params.num_experts, params.n, params.k, 64),
+                                                params.output};
   const int64_t tiles = params.num_experts * ceil_div(params.n, Config::kRows) * ceil_div(params.k, Config::kCols);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
   kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, store);

@@ -2,8 +2,8 @@
 //
 //   y[r, :] = x[row(r), :] @ b[e].T   (b [E, n, k], K-major)    or    x[row(r), :] @ b[e]   (b [E, k, n], MN-major)
 //
-// One persistent block an SM. The producer warpgroup keeps the ring of stages full: weights by TMA, rows by TMA, or, where they are
-// gathered, by cp.async of its 128 threads. Two consumer warpgroups multiply and store.
+// One persistent block an SM. The producer warpgroup keeps the ring of stages full: weights by TMA, rows by TMA, or,
+// where they are gathered, by cp.async of its 128 threads. Two consumer warpgroups multiply and store.
 #pragma once
 
 #include "../../common/divisor.h"
@@ -33,8 +33,9 @@ struct MGroupedShared {
   static_assert(kBytes <= kMaxSharedBytes, "more than an SM has");
 };
 
-// Copies kRows gathered rows, 64 columns a stage, stage after stage. Thread t copies 16-byte chunk t % 8 of rows t / 8 + 16 i. Behind
-// the tile's last row it repeats that row, or copies nothing: products of different rows do not mix, and such outputs are not stored.
+// Copies kRows gathered rows, 64 columns a stage, stage after stage. Thread t copies 16-byte chunk t % 8 of rows t / 8
+// + 16 i. Behind the tile's last row it repeats that row, or copies nothing: products of different rows do not mix, and
+// such outputs are not stored.
 template <typename Element, int kRows>
 class RowGather {
  public:
@@ -82,8 +83,8 @@ class RowGather {
 
 // Loads the weights of one stage; called by one thread.
 template <typename Config, bool kKMajor, bool kGated>
-__device__ __forceinline__ void load_weights(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int depth, int column_tile,
-                                             int expert) {
+__device__ __forceinline__ void load_weights(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int depth,
+                                             int column_tile, int expert) {
   if constexpr (kKMajor && kGated) {
     tma_load(stage, map, barrier, depth, column_tile * (Config::kCols / 2), 0, expert);
   } else if constexpr (kKMajor) {
@@ -97,9 +98,11 @@ __device__ __forceinline__ void load_weights(const CUtensorMap& map, uint32_t st
 }
 
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
-__device__ __forceinline__ void produce(const MGroupedOperands<Element>& operands, const Ring<Config>& ring, int column_tiles) {
+__device__ __forceinline__ void produce(const MGroupedOperands<Element>& operands, const Ring<Config>& ring,
+                                        int column_tiles) {
   if (!kGathered && threadIdx.x >= 32) return;
-  TileScheduler<Config::kRows> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows, column_tiles);
+  TileScheduler<Config::kRows> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
+                                         column_tiles);
   RingPosition<Config> position;
   const int blocks = (operands.k + kDepth - 1) / kDepth;
   Tile tile;
@@ -110,8 +113,8 @@ __device__ __forceinline__ void produce(const MGroupedOperands<Element>& operand
         const uint32_t full = ring.full(position.stage);
         if (threadIdx.x == 0) {
           barrier_arrive_expect(full, Config::kBBytes + (kGathered ? 0 : Config::kABytes));
-          load_weights<Config, kKMajor, Epilogue::kGated>(operands.weights, ring.b(position.stage), full, block * kDepth,
-                                                          tile.column_tile, tile.expert);
+          load_weights<Config, kKMajor, Epilogue::kGated>(operands.weights, ring.b(position.stage), full,
+                                                          block * kDepth, tile.column_tile, tile.expert);
         }
         load_rows(ring.a(position.stage), full, block * kDepth);
       }
@@ -132,8 +135,8 @@ __device__ __forceinline__ void produce(const MGroupedOperands<Element>& operand
 }
 
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
-__device__ __forceinline__ void consume(const MGroupedOperands<Element>& operands, const Epilogue& epilogue, const Ring<Config>& ring,
-                                        const Consumer& consumer, int column_tiles) {
+__device__ __forceinline__ void consume(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
+                                        const Ring<Config>& ring, const Consumer& consumer, int column_tiles) {
   constexpr int kOutputCols = Config::kCols / (Epilogue::kGated ? 2 : 1);
   constexpr int kTurn = Config::kPingPong ? 2 : 1;
   TileScheduler<Config::kRows> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows, column_tiles,
@@ -146,7 +149,8 @@ __device__ __forceinline__ void consume(const MGroupedOperands<Element>& operand
   if (consumer.index == 1) Turns<Config>::give_to(0);
   Tile tile;
   while (scheduler.next(tile)) {
-    const ConsumerTile mine{tile.row_begin + first_fragment * 64, tile.row_end, tile.column_tile * kOutputCols, tile.expert};
+    const ConsumerTile mine{tile.row_begin + first_fragment * 64, tile.row_end, tile.column_tile * kOutputCols,
+                            tile.expert};
     const bool has_expert = tile.expert < operands.num_experts;
     if (!has_expert) {
       epilogue.zeros(mine.row, min(mine.row + Config::kFragments * 64, mine.row_end), mine.column,
@@ -155,10 +159,12 @@ __device__ __forceinline__ void consume(const MGroupedOperands<Element>& operand
     }
     worker.begin(mine);
     Turns<Config>::wait(consumer.index);
-    // A warpgroup without rows multiplies all the same. Tiles that last equally long keep the blocks that share weights abreast, and
-    // only so do they share them in L2: with short tiles v4-pro-ep8 at T = 8192 took 4.05 ms instead of 2.59, fine-16 2.23 instead of 1.86.
+    // A warpgroup without rows multiplies all the same. Tiles that last equally long keep the blocks that share weights
+    // abreast, and only so do they share them in L2: with short tiles v4-pro-ep8 at T = 8192 took 4.05 ms instead
+    // of 2.59, fine-16 2.23 instead of 1.86.
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
-    multiply<Config, Element, true, kKMajor, kGathered>(outputs, ring, position, blocks, first_fragment, consumer.leads());
+    multiply<Config, Element, true, kKMajor, kGathered>(outputs, ring, position, blocks, first_fragment,
+                                                        consumer.leads());
     Turns<Config>::give_to(consumer.index ^ 1);
     if (Config::kPingPong) position.advance(blocks);
 #pragma unroll
@@ -170,7 +176,8 @@ __device__ __forceinline__ void consume(const MGroupedOperands<Element>& operand
 // 504 registers a thread of each kind are there to share out. The gather keeps 8 row numbers.
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __global__ void __launch_bounds__(kThreads, 1)
-    m_grouped_kernel(const __grid_constant__ MGroupedOperands<Element> operands, const __grid_constant__ Epilogue epilogue) {
+    m_grouped_kernel(const __grid_constant__ MGroupedOperands<Element> operands,
+                     const __grid_constant__ Epilogue epilogue) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = MGroupedShared<Config, Epilogue>;
   extern __shared__ __align__(1024) uint8_t shared[];

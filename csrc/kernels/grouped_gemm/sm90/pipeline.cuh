@@ -9,7 +9,8 @@ namespace moe::sm90 {
 
 constexpr int kConsumers = 2;
 
-// Addresses of the stages and of their barriers in shared memory: `full` (the copies have landed), `empty` (the products are done).
+// Addresses of the stages and of their barriers in shared memory: `full` (the copies have landed), `empty` (the
+// products are done).
 template <typename Config>
 struct Ring {
   static constexpr int kBytes = Config::kStages * Config::kStageBytes;
@@ -46,7 +47,8 @@ struct RingPosition {
   }
 };
 
-// A consumer's part of a tile: kFragments x 64 rows. Outputs of one fragment: Config::kCols / 2 registers, laid out as in wgmma.cuh.
+// A consumer's part of a tile: kFragments x 64 rows. Outputs of one fragment: Config::kCols / 2 registers, laid out as
+// in wgmma.cuh.
 template <typename Config>
 using Outputs = float[Config::kFragments][Config::kCols / 2];
 
@@ -56,11 +58,11 @@ __device__ __forceinline__ void pin(Outputs<Config>& outputs) {
   for (int f = 0; f < Config::kFragments; ++f) pin(outputs[f]);
 }
 
-// The products of a tile's `blocks` >= 1 stages. A stage is given back one block late, when its products are known to be done.
-// kGathered: cp.async wrote into the stages, so each consumer fences before wgmma reads them.
+// The products of a tile's `blocks` >= 1 stages. A stage is given back one block late, when its products are known to
+// be done. kGathered: cp.async wrote into the stages, so each consumer fences before wgmma reads them.
 template <typename Config, typename Element, bool kAKMajor, bool kBKMajor, bool kGathered>
-__device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Config>& ring, RingPosition<Config>& position,
-                                         int blocks, int first_fragment, bool leader) {
+__device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Config>& ring,
+                                         RingPosition<Config>& position, int blocks, int first_fragment, bool leader) {
   // A fragment's 64 rows: 64 rows of 128 bytes, or one MN-major chunk. Both are 8192 bytes.
   const uint32_t a_offset = first_fragment * 8192;
   int previous = 0;
@@ -91,7 +93,8 @@ __device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Co
 
 // What a consumer does instead whose part of the tile lies outside the output.
 template <typename Config>
-__device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Config>& position, int blocks, bool leader) {
+__device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Config>& position, int blocks,
+                                     bool leader) {
   for (int block = 0; block < blocks; ++block) {
     barrier_wait(ring.full(position.stage), position.phase);
     if (leader) barrier_arrive(ring.empty(position.stage));
@@ -99,8 +102,8 @@ __device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Conf
   }
 }
 
-// Ping-pong: the tensor cores belong to one consumer at a time. Each waits for its turn before its products and gives the turn to
-// the other after them.
+// Ping-pong: the tensor cores belong to one consumer at a time. Each waits for its turn before its products and gives
+// the turn to the other after them.
 template <typename Config>
 struct Turns {
   __device__ static void wait(int consumer) {

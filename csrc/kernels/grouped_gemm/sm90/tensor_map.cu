@@ -16,8 +16,10 @@ Encode encoder() {
   static const Encode function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), "tensor map");
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("moe_kernels: the driver has no cuTensorMapEncodeTiled");
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+               "tensor map");
+    if (found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("moe_kernels: the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(entry);
   }();
   return function;
@@ -25,9 +27,12 @@ Encode encoder() {
 
 CUtensorMapDataType type_of(DType dtype) {
   switch (dtype) {
-    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    case DType::kFloat16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    default: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    case DType::kBFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    default:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   }
 }
 
@@ -35,8 +40,8 @@ int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // strides[i]: bytes between neighbours in dimension i + 1.
 template <int kRank>
-CUtensorMap encode(DType dtype, const void* data, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
-                   const cuuint32_t (&box)[kRank]) {
+CUtensorMap encode(DType dtype, const void* data, const cuuint64_t (&sizes)[kRank],
+                   const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
   CUtensorMap map;
   cuuint32_t element_strides[kRank];
   for (auto& stride : element_strides) stride = 1;
@@ -52,7 +57,8 @@ CUtensorMap encode(DType dtype, const void* data, const cuuint64_t (&sizes)[kRan
     check_cuda(cudaSetDevice(device), "tensor map");
     result = try_encode();
   }
-  if (result != CUDA_SUCCESS) throw std::runtime_error("moe_kernels: tensor map refused, code " + std::to_string(result));
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("moe_kernels: tensor map refused, code " + std::to_string(result));
   return map;
 }
 
@@ -80,8 +86,8 @@ CUtensorMap ragged_map(DType dtype, const void* data, int columns, int pitch) {
   constexpr cuuint64_t kUnbounded = (cuuint64_t{1} << 31) - 1;
   const cuuint64_t row_bytes = pitch * bytes_of(dtype);
   const cuuint64_t back = (cuuint64_t{1} << 35) - row_bytes;
-  return encode<4>(dtype, data, {cuuint64_t(columns), kRaggedRows, kUnbounded, kUnbounded}, {row_bytes, back, row_bytes},
-                   {kBoxColumns, 64, 1, 1});
+  return encode<4>(dtype, data, {cuuint64_t(columns), kRaggedRows, kUnbounded, kUnbounded},
+                   {row_bytes, back, row_bytes}, {kBoxColumns, 64, 1, 1});
 }
 
 }  // namespace moe::sm90

@@ -1,4 +1,5 @@
-// Tensor maps: what the copy engine (TMA) is told of a tensor. All maps cut it into boxes 64 elements wide, swizzled by 128 bytes.
+// Tensor maps: what the copy engine (TMA) is told of a tensor. All maps cut it into boxes 64 elements wide, swizzled by
+// 128 bytes.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +15,17 @@ constexpr int kBoxColumns = 64;  // 128 bytes of bf16 or fp16: the swizzle's spa
 // [rows, columns] in boxes of box_rows x 64.
 CUtensorMap rows_map(DType dtype, const void* data, int64_t rows, int columns, int box_rows);
 
-// [E, rows, columns] in boxes of box_rows x 64; beyond an expert's rows and columns a box reads zeros and writes nothing.
-// An fp32 tensor has boxes of 32 columns.
+// [E, rows, columns] in boxes of box_rows x 64; beyond an expert's rows and columns a box reads zeros and writes
+// nothing. An fp32 tensor has boxes of 32 columns.
 CUtensorMap experts_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows);
 
 // [E, 2, rows, columns]: a box brings box_rows gate rows and the same up rows.
 CUtensorMap gated_experts_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows);
 
-// Rows of `pitch` elements of which `columns` belong to the map, in boxes of 64 x 64 that end at a row known on the device alone.
-// Row r of a range that ends before row `end` has coordinates (column, ragged_row(r, end), kRaggedRows, end): beyond the range a box
-// reads zeros and writes nothing. Such a coordinate sums to r * pitch modulo 2^64, and the bound of the second dimension cuts at `end`.
+// Rows of `pitch` elements of which `columns` belong to the map, in boxes of 64 x 64 that end at a row known on the
+// device alone. Row r of a range that ends before row `end` has coordinates (column, ragged_row(r, end), kRaggedRows,
+// end): beyond the range a box reads zeros and writes nothing. Such a coordinate sums to r * pitch modulo 2^64, and the
+// bound of the second dimension cuts at `end`.
 CUtensorMap ragged_map(DType dtype, const void* data, int columns, int pitch);
 
 constexpr int kRaggedRows = 1 << 30;

@@ -3,8 +3,8 @@
 
 namespace moe::sm90 {
 
-// kRows x kCols outputs a tile, 64 of the contraction a stage. Cooperative: the two consumer warpgroups share a tile, half of the
-// rows each. Ping-pong: each has a tile of its own, and one's epilogue runs beside the other's products.
+// kRows x kCols outputs a tile, 64 of the contraction a stage. Cooperative: the two consumer warpgroups share a tile,
+// half of the rows each. Ping-pong: each has a tile of its own, and one's epilogue runs beside the other's products.
 // kBuffers pieces of 8 KB a consumer lie between its outputs and TMA's stores.
 template <int kRowsValue, int kColsValue, int kStagesValue, int kBuffersValue, bool kPingPongValue = false>
 struct TileConfig {
@@ -19,18 +19,20 @@ struct TileConfig {
   static constexpr int kStageBytes = kABytes + kBBytes;
 };
 
-// The m-grouped products. Per stage 48 KB come from L2 for 128x256 outputs: at 650 TFLOP/s 7.7 TB/s, which L2 just gives; 128x128
-// tiles want 10. H100, ms of the down projection, 4 stages and 2 buffers against 3 and 4: fine-16 at T = 4096 0.61, 0.63; v3-ep8 at
-// T = 8192 0.43, 0.47; fine-7b 0.34, 0.35.
+// The m-grouped products. Per stage 48 KB come from L2 for 128x256 outputs: at 650 TFLOP/s 7.7 TB/s, which L2 just
+// gives; 128x128 tiles want 10. H100, ms of the down projection, 4 stages and 2 buffers against 3 and 4: fine-16 at T =
+// 4096 0.61, 0.63; v3-ep8 at T = 8192 0.43, 0.47; fine-7b 0.34, 0.35.
 using Cooperative128x256 = TileConfig<128, 256, 4, 2>;
 
-// The weight gradients: 128x256 where n is gathered, 256x128 where k is, as the gather is 128 columns wide. H100, ms of the
-// gate and up weights' gradient against ping-pong 128x128: olmoe at T = 32768 3.36, 4.29; v4-flash at T = 4096 (96 rows an expert) 4.82, 4.70.
+// The weight gradients: 128x256 where n is gathered, 256x128 where k is, as the gather is 128 columns wide. H100, ms of
+// the gate and up weights' gradient against ping-pong 128x128: olmoe at T = 32768 3.36, 4.29; v4-flash at T = 4096 (96
+// rows an expert) 4.82, 4.70.
 using Cooperative256x128 = TileConfig<256, 128, 4, 2>;
 
-// down_proj_backward, whose epilogue moves 5 times as many bytes as others and has shared memory of its own for them. Ping-pong hides
-// it; but where the contraction is long, the smaller traffic of wider tiles weighs more. H100, ms, ping-pong against wide: hidden size 1536
-// (fine-7b) 0.50, 0.56; 2048 (qwen3-30b, T = 8192) 0.53, 0.59; 4096 (mixtral, T = 8192) 4.30, 3.97; 7168 (v3-ep8, T = 8192) 0.65, 0.56.
+// down_proj_backward, whose epilogue moves 5 times as many bytes as others and has shared memory of its own for them.
+// Ping-pong hides it; but where the contraction is long, the smaller traffic of wider tiles weighs more. H100, ms,
+// ping-pong against wide: hidden size 1536 (fine-7b) 0.50, 0.56; 2048 (qwen3-30b, T = 8192) 0.53, 0.59; 4096 (mixtral,
+// T = 8192) 4.30, 3.97; 7168 (v3-ep8, T = 8192) 0.65, 0.56.
 using PingPong128x128 = TileConfig<128, 128, 4, 0, true>;
 using Wide128x256 = TileConfig<128, 256, 3, 0>;
 constexpr int kWideFromDepth = 3072;
