@@ -298,7 +298,8 @@ def grouped_mm(a, b, expert_offsets, bias=None, transpose_b=True):
     Args:
         a: [S, k] bf16, fp16, fp32 or fp64, sorted by expert; differentiable.
         b: [E, n, k] in the dtype of a; differentiable. The kernels want n and k to be multiples of 8.
-        expert_offsets: [E+1] int32 or int64, ascending, on the device of a; rows behind the last offset give zeros.
+        expert_offsets: [E+1] int32 or int64, ascending, on the device of a; rows before the first and
+            behind the last offset give zeros.
         bias: [E, n] in the dtype of a, or None; differentiable.
         transpose_b: False takes b as [E, k, n] and does not transpose it: c[r] = a[r] @ b[e].
     Returns: [S, n] in the dtype of a (autocast's under autocast); accumulated in fp32.

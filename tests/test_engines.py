@@ -7,6 +7,7 @@ capability 9.0 alone, and there every product runs in both.
 import pytest
 import torch
 from cases import CASES, HALVES, SMALL, Case, Inputs, assert_same_bits, backend_id, case_id
+from conftest import poison
 
 import moe_kernels as mk
 from moe_kernels import schemas
@@ -19,7 +20,8 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="the sm_90a engine wants co
 
 # several row tiles an expert, ends inside the second half of a tile, a last column tile of 8, one k-block and many
 LARGE = [Case("row_tiles", 700, 6, 3, 200, 136), Case("many_blocks", 1000, 70, 4, 512, 384),
-         Case("deep", 260, 2, 2, 3200, 264), Case("sentinels_among_many", 900, 6, 6, 136, 264, "sentinels")]
+         Case("half_of_a_tile_unused", 2100, 2, 1, 192, 64), Case("deep", 260, 2, 2, 3200, 264),
+         Case("sentinels_among_many", 900, 6, 6, 136, 264, "sentinels")]
 
 
 @pytest.fixture
@@ -76,6 +78,33 @@ def test_engines_give_the_same_bits_with_every_activation(activation, force):
     expected = products(x, activation, limit)
     force("sm90")
     assert_same_bits(expected, products(x, activation, limit))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("first, last", [(0, 6), (2, 5), (5, 6), (3, 3)])
+def test_rows_of_other_experts_give_zeros(engine, first, last, force):
+    """The offsets may be a slice of a plan's, even an empty one: what is before and behind it is written as zeros."""
+    x = Inputs(LARGE[0], "cuda", torch.bfloat16)
+    rows = torch.randn(2100, 136, device="cuda").to(torch.bfloat16)
+    plan = x.plan()
+    whole = mk.grouped_mm(rows, x.down_proj, plan.expert_offsets)
+    expected = torch.zeros_like(whole)
+    begin, end = plan.expert_offsets[[first, last]].tolist()
+    expected[begin:end] = whole[begin:end]
+    force(engine)
+    poison()
+    assert_same_bits(expected, mk.grouped_mm(rows, x.down_proj[first:last], plan.expert_offsets[first:last + 1]))
+
+
+@needs_hopper
+def test_an_infinite_gradient_stays_infinite_at_the_last_columns(force):
+    x = Inputs(Case("tail", 40, 2, 1, 64, 8), "cuda", torch.bfloat16)
+    x.grad_output[:] = 0
+    x.grad_output[3, 5] = float("inf")
+    force("sm80")
+    expected = products(x)[6]
+    force("sm90")
+    assert_same_bits(expected, products(x)[6])
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=backend_id)

@@ -1,7 +1,7 @@
 // weight_grad: out[e] = sum over the rows of expert e of outer(grad, a): the weight gradients of both projections and
 // of grouped_mm.
 //
-//   grad [S or T, n], a [S or T, k]  ->  out [E, n, k]; see grouped_gemm/sm80/k_grouped.cuh
+//   grad [S or T, n], a [S or T, k]  ->  out [E, n, k]; see grouped_gemm/sm90/ and sm80/k_grouped.cuh
 #include "grouped_gemm/sm80/launch.cuh"
 #include "grouped_gemm/sm90/launch.cuh"
 
@@ -45,6 +45,7 @@ void weight_grad_sm90(const WeightGradParams& params, cudaStream_t stream) {
 }  // namespace
 
 void launch_weight_grad(const WeightGradParams& params, cudaStream_t stream) {
+  if (params.num_experts == 0) return;
   // The sm_90a engine gathers one side.
   const bool gathers_both = params.grad_sorted_rows != nullptr && params.a_sorted_rows != nullptr;
   const bool sm90 = !gathers_both && weight_grad_engine(params.num_rows, device_limits()) == Engine::kSm90;

@@ -48,6 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor
   params.activation = activation_of(activation);
   const int64_t width = (is_gated(params.activation) ? 2 : 1) * intermediate_size;
   params.intermediate_size = checked_width(intermediate_size, "intermediate_size");
+  checked_width(width, "the width of pre_activation");
   Tensor grad_pre_activation = torch::stable::new_empty(grad_output, {num_rows, width}, dtype);
   Tensor weighted_rows = torch::stable::new_empty(grad_output, {num_rows, intermediate_size}, dtype);
   Tensor partials = torch::stable::new_empty(grad_output, {num_rows, routing_grad_partials(params.intermediate_size)},

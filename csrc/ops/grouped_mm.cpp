@@ -36,6 +36,7 @@ Tensor launch_weight_grad(const OptionalTensor& buffer, Tensor grad, Tensor a, c
   check_dim(grad, "grad", 2);
   check_dim(a, "a", 2);
   check_dim(expert_offsets, "expert_offsets", 1);
+  check(top_k >= 1, "top_k must be 1 or more, got ", top_k);
   grad = aligned(grad), a = aligned(a);
   const ScalarType dtype = grad.scalar_type();
   const int64_t num_experts = expert_offsets.size(0) - 1, n = grad.size(1), k = a.size(1);

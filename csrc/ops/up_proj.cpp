@@ -15,7 +15,9 @@ std::tuple<Tensor, Tensor> up_proj(Tensor hidden_states, Tensor gate_up_proj, Op
 
   UpProjParams params = {};
   params.activation = activation_of(activation);
-  params.intermediate_size = checked_width(width / (is_gated(params.activation) ? 2 : 1), "intermediate_size");
+  const int halves = is_gated(params.activation) ? 2 : 1;
+  params.intermediate_size =
+      checked_width(checked_width(width, "the width of gate_up_proj") / halves, "intermediate_size");
   Tensor rows = torch::stable::new_empty(hidden_states, {num_rows, params.intermediate_size}, dtype);
   Tensor pre_activation = torch::stable::new_empty(hidden_states, {keep_pre_activation ? num_rows : 0, width}, dtype);
 

@@ -3,7 +3,7 @@
 // Tiles are numbered expert by expert, inside an expert by column tile, inside that by row tile, so that neighbouring
 // blocks share the weights' tile. Block b computes tiles b, b + gridDim.x, ...; where two warpgroups of a block take
 // turns, each steps over the other's tiles. The rows behind the last expert (slots whose id was no expert) are one more
-// group, `expert == num_experts`, whose outputs are zeros.
+// group, and so are rows before the first one (where offsets are a slice of a plan's); their outputs are zeros.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace moe {
 
 struct Tile {
-  int expert;     // num_experts: rows without an expert
+  int expert;     // num_experts or more: rows without an expert
   int row_begin;  // first row of the tile
   int row_end;    // one past the last row of the group: rows of the tile beyond it do not exist
   int column_tile;
@@ -37,7 +37,7 @@ class TileScheduler {
     while (index_ >= (tiles_before_ + __shfl_sync(~0u, inclusive_, 31)) * column_tiles_) {
       tiles_before_ += __shfl_sync(~0u, inclusive_, 31);
       first_group_ += 32;
-      if (first_group_ > num_experts_) return false;
+      if (first_group_ > num_experts_ + 1) return false;
       load_groups();
     }
     const unsigned reached = __ballot_sync(~0u, index_ < (tiles_before_ + inclusive_) * column_tiles_);
@@ -62,8 +62,10 @@ class TileScheduler {
   __device__ void load_groups() {
     const int lane = threadIdx.x % 32;
     const int group = first_group_ + lane;
-    begin_ = group <= num_experts_ ? offsets_[group] : 0;
-    end_ = group < num_experts_ ? offsets_[group + 1] : (group == num_experts_ ? num_rows_ : 0);
+    begin_ = group <= num_experts_ ? min(offsets_[group], num_rows_) : 0;
+    end_ = group == num_experts_       ? num_rows_
+           : group <= num_experts_ + 1 ? min(offsets_[group < num_experts_ ? group + 1 : 0], num_rows_)
+                                       : 0;
     inclusive_ = row_tiles_of(begin_, end_);
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {

@@ -13,7 +13,7 @@ void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue&
   constexpr auto kKernel = m_grouped_kernel<Config, Element, kWeightsKMajor, Epilogue>;
   allow_shared_memory<Config, kKernel>(name);
   const int64_t row_tiles =
-      ceil_div(operands.num_rows, Config::kRows) + std::min(operands.num_experts, operands.num_rows);
+      ceil_div(operands.num_rows, Config::kRows) + std::min(operands.num_experts + 1, operands.num_rows);
   const int64_t column_tiles = ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
   if (row_tiles * column_tiles >= int64_t{1} << 31)
     throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);

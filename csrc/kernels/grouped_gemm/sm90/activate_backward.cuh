@@ -71,9 +71,10 @@ struct ActivateBackwardEpilogue {
         for (int pair = 0; pair < 2; ++pair) {
           float u[8], sums[2], first[2][2], second[2][2];
           take8(outputs, piece * 32 + pair * 16, u);
-          gradients(slot, 2 * pair, u, weights, first);
+          const int columns = epilogue_.columns - tile.column - piece * 64 - pair * 32;  // from here on
+          gradients(slot, 2 * pair, u, weights, columns, first);
           take8(outputs, piece * 32 + pair * 16 + 8, u);
-          gradients(slot, 2 * pair + 1, u, weights, second);
+          gradients(slot, 2 * pair + 1, u, weights, columns - 16, second);
 #pragma unroll
           for (int i = 0; i < 2; ++i) sums[i] = (first[0][i] + first[1][i]) + (second[0][i] + second[1][i]);
           store_partials(tile, row, tile.column + piece * 64 + pair * 32, sums);
@@ -117,9 +118,9 @@ struct ActivateBackwardEpilogue {
     }
 
     // 16 columns of the slot: puts the gradients where the pre-activation was. sums[h][i]: dot(activated, u) over this
-    // thread's two columns of the h-th 8, i = 0 its own row, 1 the row 8 below.
+    // thread's two columns of the h-th 8, i = 0 its own row, 1 the row 8 below; 0 where there are no such columns.
     __device__ __forceinline__ void gradients(uint32_t slot, int group, const float (&u)[8], const float (&weights)[2],
-                                              float (&sums)[2][2]) const {
+                                              int columns, float (&sums)[2][2]) const {
       float gate[8], up[8], activated[8], by_gate[8], by_up[8];
       uint32_t words[4];
       const uint32_t gate_address = consumer_.matrix_address(slot, group), up_address = gate_address + kPieceBytes;
@@ -135,7 +136,8 @@ struct ActivateBackwardEpilogue {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int at = half * 4 + i * 2;
-          sums[half][i] = dot2(activated[at], u[at], activated[at + 1], u[at + 1]);
+          const float sum = dot2(activated[at], u[at], activated[at + 1], u[at + 1]);
+          sums[half][i] = half * 8 < columns ? sum : 0.0f;  // an infinite gradient times a weight of 0 is NaN
         }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

@@ -207,6 +207,24 @@ struct WeightStore {
   }
 };
 
+// What a consumer does whose part of the tile lies outside the output. One warp follows the ring, and the others wait
+// for it: a warp that polls alone could fall a whole round behind, where a barrier's phase looks the same again.
+template <typename Config>
+__device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Config>& position, int blocks,
+                                     const Consumer& consumer) {
+  if (consumer.thread() < 32) {
+    for (int block = 0; block < blocks; ++block) {
+      barrier_wait(ring.full(position.stage), position.phase);
+      __syncwarp();
+      if (consumer.leads()) barrier_arrive(ring.empty(position.stage));
+      position.advance();
+    }
+  } else {
+    position.advance(blocks);
+  }
+  consumer.sync();
+}
+
 template <typename Config, typename Element, Gathered kGathered, bool kAccumulate>
 __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Element>& operands,
                                                      const WeightStore<Element, kAccumulate>& store,
@@ -225,7 +243,7 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
       continue;
     }
     if (first_row >= operands.n) {
-      skip<Config>(ring, position, blocks, consumer.leads());
+      skip<Config>(ring, position, blocks, consumer);
       continue;
     }
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile

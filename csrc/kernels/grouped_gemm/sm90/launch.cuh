@@ -50,7 +50,8 @@ void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStre
   operands.num_experts = product.num_experts;
   operands.num_rows = product.num_rows;
   operands.k = product.k;
-  const int64_t row_tiles = ceil_div(product.num_rows, Config::kRows) + std::min(product.num_experts, product.num_rows);
+  const int64_t row_tiles =
+      ceil_div(product.num_rows, Config::kRows) + std::min(product.num_experts + 1, product.num_rows);
   const int64_t tiles = row_tiles * ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
   if (tiles >= int64_t{1} << 30) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));

@@ -72,7 +72,8 @@ class RowGather {
   __device__ void load_last(uint32_t to) const {
     const bool inside = threadIdx.x % 8 * 8 < depth_;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) cp_async_16(to + i * 2048, inside ? from_[i] : from_[i] - kDepth, inside);
+    for (int i = 0; i < kPasses; ++i)
+      cp_async_16(to + i * 2048, inside ? from_[i] : from_[i] - threadIdx.x % 8 * 8, inside);
   }
 
   uint32_t shared_offset_;
@@ -110,6 +111,7 @@ __device__ __forceinline__ void produce(const MGroupedOperands<Element>& operand
     auto each_stage = [&](auto load_rows) {
       for (int block = 0; block < blocks; ++block, position.advance()) {
         barrier_wait(ring.empty(position.stage), position.phase ^ 1);
+        if constexpr (!kGathered) __syncwarp();  // one lane alone goes on: none may fall a whole round behind
         const uint32_t full = ring.full(position.stage);
         if (threadIdx.x == 0) {
           barrier_arrive_expect(full, Config::kBBytes + (kGathered ? 0 : Config::kABytes));

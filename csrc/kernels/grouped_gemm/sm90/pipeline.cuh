@@ -91,17 +91,6 @@ __device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Co
   if (leader) barrier_arrive(ring.empty(previous));
 }
 
-// What a consumer does instead whose part of the tile lies outside the output.
-template <typename Config>
-__device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Config>& position, int blocks,
-                                     bool leader) {
-  for (int block = 0; block < blocks; ++block) {
-    barrier_wait(ring.full(position.stage), position.phase);
-    if (leader) barrier_arrive(ring.empty(position.stage));
-    position.advance();
-  }
-}
-
 // Ping-pong: the tensor cores belong to one consumer at a time. Each waits for its turn before its products and gives
 // the turn to the other after them.
 template <typename Config>

@@ -16,8 +16,12 @@ Encode encoder() {
   static const Encode function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-               "tensor map");
+    constexpr const char* kName = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+    check_cuda(cudaGetDriverEntryPointByVersion(kName, &entry, 12000, cudaEnableDefault, &found), "tensor map");
+#else
+    check_cuda(cudaGetDriverEntryPoint(kName, &entry, cudaEnableDefault, &found), "tensor map");
+#endif
     if (found != cudaDriverEntryPointSuccess)
       throw std::runtime_error("moe_kernels: the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(entry);

@@ -1,5 +1,5 @@
-// Tensor maps: what the copy engine (TMA) is told of a tensor. All maps cut it into boxes 64 elements wide, swizzled by
-// 128 bytes.
+// Tensor maps: what the copy engine (TMA) is told of a tensor. All maps cut it into boxes 128 bytes wide, swizzled as
+// "128B".
 #pragma once
 
 #include <cstdint>
