@@ -15,11 +15,12 @@ class GraphedStep:
     Args:
         function: of one tensor; it waits for nothing on the host, leaves gradients in parameters, and returns a tensor.
         device: torch.device of that tensor.
+        capture: False runs every call as it is.
     """
 
-    def __init__(self, function, device):
+    def __init__(self, function, device, capture=True):
         self._function, self._calls, self._graph = function, 0, None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if capture and device.type == "cuda" else None
 
     @property
     def keeps_gradients(self):

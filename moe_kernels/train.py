@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import balance, checkpoint, data
+from . import balance, checkpoint, data, ops
 from .errors import UserError
 from .graphed import GraphedStep
 from .model import ModelConfig, MoETransformer
@@ -98,7 +98,7 @@ class Trainer:
         with self.device:  # a model of billions takes minutes to draw on the CPU
             self.model = MoETransformer(_config(options))
         self.optimizer = make_optimizer(self.model, options)
-        self._gradients = GraphedStep(self._clipped_gradients, self.device)
+        self._gradients = GraphedStep(self._clipped_gradients, self.device, self._can_capture())
         self.step = 0
         self.history = {"losses": [], "validation": []}
         self.loads = balance.LoadStatistics()
@@ -178,14 +178,22 @@ class Trainer:
             total += loss.item() * tokens.shape[0]
         return total / self.validation.shape[0] / math.log(2)
 
+    def _can_capture(self):
+        """Whether a step can be a CUDA graph: experts in torch operations, as in fp32, read their loads on the host."""
+        if self.device.type != "cuda" or not self._is_half():
+            return False
+        return ops.uses_kernels(torch.empty(0, dtype=torch.bfloat16, device=self.device))
+
+    def _is_half(self):
+        wanted = self.options.dtype
+        return wanted == "bf16" or wanted == "auto" and self.device.type == "cuda"
+
     def autocast(self, cache=True):
         """bf16 where the options ask for it, by default on a GPU; weights, residual stream and routing stay fp32.
 
         cache: whether casts of weights are kept until its end; a CUDA graph has to hold the casts themselves.
         """
-        wanted = self.options.dtype
-        enabled = wanted == "bf16" or wanted == "auto" and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_half(), cache_enabled=cache)
 
     def save(self):
         """Writes a checkpoint of this moment; its path, or None for a run without a folder."""
