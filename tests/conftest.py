@@ -5,7 +5,7 @@ import torch
 from cases import assert_same_bits
 
 import moe_kernels
-from moe_kernels import ops
+from moe_kernels import ops, schemas
 
 KERNELS_RUN = torch.cuda.is_available() and ops._kernels_run_on(0)
 # these are about the compiled kernels: streams, graphs, 64-bit addresses
@@ -40,6 +40,18 @@ def run_twice():
         return first
 
     return call
+
+
+@pytest.fixture
+def force():
+    """force(engine, tile): the products of this test use them."""
+
+    def call(engine="auto", tile="auto"):
+        schemas.compiled_module.force_engine(engine)
+        schemas.compiled_module.force_tile(tile)
+
+    yield call
+    call()
 
 
 @pytest.fixture(autouse=True)

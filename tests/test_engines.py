@@ -10,7 +10,6 @@ from cases import CASES, HALVES, SMALL, Case, Inputs, assert_same_bits, backend_
 from conftest import poison
 
 import moe_kernels as mk
-from moe_kernels import schemas
 from moe_kernels.activation import ACTIVATIONS
 
 HOPPER = torch.cuda.get_device_capability() == (9, 0)
@@ -22,18 +21,6 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="the sm_90a engine wants co
 LARGE = [Case("row_tiles", 700, 6, 3, 200, 136), Case("many_blocks", 1000, 70, 4, 512, 384),
          Case("half_of_a_tile_unused", 2100, 2, 1, 192, 64), Case("deep", 260, 2, 2, 3200, 264),
          Case("sentinels_among_many", 900, 6, 6, 136, 264, "sentinels")]
-
-
-@pytest.fixture
-def force():
-    """force(engine, tile) for this test."""
-
-    def call(engine="auto", tile="auto"):
-        schemas.compiled_module.force_engine(engine)
-        schemas.compiled_module.force_tile(tile)
-
-    yield call
-    call()
 
 
 def products(x, activation="swiglu", limit=None):

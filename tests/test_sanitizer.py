@@ -10,7 +10,6 @@ import torch
 from cases import HALVES, Case, Inputs, backend_id, case_id, relative_error, tolerance
 
 import moe_kernels as mk
-from moe_kernels import schemas
 
 pytestmark = pytest.mark.sanitizer
 
@@ -18,18 +17,6 @@ HOPPER = torch.cuda.get_device_capability() == (9, 0)
 ENGINES = [("sm80", tile) for tile in ("16x128", "64x128", "128x128", "128x256")] + [("sm90", "auto")] * HOPPER
 # ends inside tiles, slots without an expert, an expert of no rows; several row tiles an expert
 CASES = [Case("sentinels", 75, 5, 2, 136, 72, "sentinels"), Case("row_tiles", 300, 2, 2, 72, 136)]
-
-
-@pytest.fixture
-def force():
-    """force(engine, tile) for this test."""
-
-    def call(engine="auto", tile="auto"):
-        schemas.compiled_module.force_engine(engine)
-        schemas.compiled_module.force_tile(tile)
-
-    yield call
-    call()
 
 
 def layer(x):
