@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.inputs import forward_call, train_call
+from bench.inputs import layer_call
 from bench.peers import OURS, PEERS, Peer, bind_ours
 
 LAYERS = {OURS: Peer(OURS, bind_ours)} | {name: PEERS[name] for name in ("hf_grouped_mm", "torch_grouped_mm")}
@@ -19,11 +19,10 @@ def bound(name, inputs):
 @pytest.mark.parametrize("impl", LAYERS)
 def test_forward(run_benchmark, layer_inputs, impl):
     peer, inputs = bound(impl, layer_inputs)
-    run_benchmark(forward_call(peer.bind(inputs)))
+    run_benchmark(layer_call(peer.bind, inputs, train=False))
 
 
 @pytest.mark.parametrize("impl", LAYERS)
 def test_train(run_benchmark, layer_inputs, impl):
     peer, inputs = bound(impl, layer_inputs)
-    leaves = inputs.training()
-    run_benchmark(train_call(peer.bind(leaves), leaves))
+    run_benchmark(layer_call(peer.bind, inputs, train=True))

@@ -9,7 +9,7 @@ import time
 import torch
 
 from . import peers as peers_module
-from .inputs import forward_call, make_inputs, train_call
+from .inputs import layer_call
 from .measure import OURS, row
 from .timing import Timing
 
@@ -46,24 +46,16 @@ def host_times(functions, device, rounds=ROUNDS):
     return {name: (statistics.median(found), statistics.median(found) / unit) for name, found in times.items()}
 
 
-def host_rows(shape, num_tokens, weights, options):
+def host_rows(shape, inputs, options):
     """Rows of ours and of the peers: one forward call, and one forward and backward where the shape trains."""
     rows = []
-    inputs = make_inputs(shape, num_tokens, weights, options.routing)
     everyone = [peers_module.Peer(OURS, peers_module.bind_ours), *options.peers]
     for pass_name in ("forward", "train") if shape.trains else ("forward",):
-        calls = {peer.name: _call(peer, inputs, pass_name) for peer in everyone}
-        key = {"shape": shape.name, "num_tokens": num_tokens, "pass": f"host:{pass_name}", "dtype": options.dtype_name,
+        calls = {peer.name: layer_call(peer.bind, inputs if peer.name == OURS else peer.inputs(inputs),
+                                       pass_name == "train") for peer in everyone}
+        key = {"shape": shape.name, "num_tokens": inputs.topk_ids.shape[0], "pass": f"host:{pass_name}", "dtype": options.dtype_name,
                "routing": options.routing}
         rounds = ROUNDS if options.device.type == "cuda" else 3
         for name, (ms, operations) in host_times(calls, options.device, rounds).items():
             rows.append(row(key, name, Timing(ms, "host", rounds), None, in_operations=round(operations, 2)))
     return rows
-
-
-def _call(peer, inputs, pass_name):
-    bound = inputs if peer.name == OURS else peer.inputs(inputs)
-    if pass_name == "forward":
-        return forward_call(peer.bind(bound))
-    leaves = bound.training()
-    return train_call(peer.bind(leaves), leaves)

@@ -100,3 +100,11 @@ def train_call(layer, inputs):
     def call():
         return torch.autograd.grad(layer(), inputs.leaves, inputs.grad_output)
     return call
+
+
+def layer_call(bind, inputs, train):
+    """The layer that bind(inputs) gives, as a pass calls it: a forward, or a forward and backward with all gradients."""
+    if not train:
+        return forward_call(bind(inputs))
+    leaves = inputs.training()
+    return train_call(bind(leaves), leaves)

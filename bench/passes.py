@@ -14,7 +14,7 @@ def case_rows(shape, num_tokens, weights, passes, options):
             yield pass_name, lambda pass_name=pass_name: layer_rows(shape, inputs, pass_name, options)
     extra = {"stages": lambda: expert_stage_rows(shape, inputs, options),
              "skew": lambda: skew_rows(shape, num_tokens, weights, options),
-             "host": lambda: host_rows(shape, num_tokens, weights, options)}
+             "host": lambda: host_rows(shape, inputs, options)}
     for name in shape.extra_passes(num_tokens):
         if name in passes:
             yield name, extra[name]

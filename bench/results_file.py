@@ -66,6 +66,9 @@ def merge(previous, current):
     measured = {tuple(row[name] for name in ROW_KEY) for row in current["results"]}
     kept = [row for row in previous["results"] if tuple(row[name] for name in ROW_KEY) not in measured]
     other = {name: current.get(name) or previous.get(name) for name in ("tests", "models", "training")}
+    if not current["results"]:  # models or training alone: the rows were measured under the earlier run's limits
+        other |= {name: previous[name] for name in ("limits", "date")}
+        other["failures"] = previous["failures"] + current["failures"]
     return {**current, **other, "results": kept + current["results"]}
 
 

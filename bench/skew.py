@@ -2,7 +2,7 @@
 
 from . import peers
 from .cases import ROUTING_KINDS
-from .inputs import forward_call, make_inputs, train_call
+from .inputs import layer_call, make_inputs
 from .measure import OURS, row
 from .timing import measure
 
@@ -16,7 +16,7 @@ def skew_rows(shape, num_tokens, weights, options):
     passes = ("forward", "train") if shape.trains else ("forward",)
     inputs = {kind: make_inputs(shape, num_tokens, weights, kind) for kind in ROUTING_KINDS}
     for pass_name in passes:
-        calls = {kind: _call(inputs[kind], pass_name) for kind in ROUTING_KINDS}
+        calls = {kind: layer_call(peers.bind_ours, inputs[kind], pass_name == "train") for kind in ROUTING_KINDS}
         timings = measure(calls, options.device, options.budget_s)
         for kind in ROUTING_KINDS[1:]:
             key = {"shape": shape.name, "num_tokens": num_tokens, "pass": f"skew:{pass_name}",
@@ -24,10 +24,3 @@ def skew_rows(shape, num_tokens, weights, options):
             ratio = round(timings[kind].ms / timings["uniform"].ms, 4)
             rows.append(row(key, OURS, timings[kind], None, over_uniform=ratio))
     return rows
-
-
-def _call(inputs, pass_name):
-    if pass_name == "forward":
-        return forward_call(peers.bind_ours(inputs))
-    leaves = inputs.training()
-    return train_call(peers.bind_ours(leaves), leaves)

@@ -245,6 +245,10 @@ def test_a_second_run_on_the_same_sources_keeps_the_other_rows():
     merged = results_file.merge(previous, {**results_content([result_row(ms=1.0)]), "tests": None})
     assert [(row["pass"], row["ms"]) for row in merged["results"]] == [("train", 2.0), ("forward", 1.0)]
     assert merged["tests"] == {"passed": 3, "failed": 0, "skipped": 1}
+    rowless = {**results_content([]), "limits": {}, "date": "later", "failures": ["new"]}
+    merged = results_file.merge({**previous, "failures": ["old"]}, rowless)
+    assert (merged["limits"], merged["date"]) == (previous["limits"], previous["date"])
+    assert merged["failures"] == ["old", "new"] and len(merged["results"]) == 2
     other = {**previous, "source_hash": "0"}
     assert len(results_file.merge(other, results_content([result_row()]))["results"]) == 1
 
