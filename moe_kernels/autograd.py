@@ -9,14 +9,14 @@ import torch
 from . import schemas
 
 
-def invert_rows(index, shape):
-    """The inverse of sorted_rows or row_of_slot (either way): out.flatten()[index[i]] = i, int32; -1 stays -1."""
-    flat = index.reshape(-1)
+def invert_rows(row_of_slot):
+    """sorted_rows [S] of row_of_slot [T, K]: out[row_of_slot.flatten()[i]] = i, int32; -1 where no slot has the row."""
+    flat = row_of_slot.reshape(-1)
     size = flat.shape[0]
     slot = torch.where(flat < 0, size, flat).long()  # what has no row goes to a last place that is cut off
-    out = torch.full((size + 1,), -1, dtype=torch.int32, device=index.device)
-    out = out.scatter(0, slot, torch.arange(size, dtype=torch.int32, device=index.device))
-    return out[:size].reshape(shape)
+    out = torch.full((size + 1,), -1, dtype=torch.int32, device=flat.device)
+    out = out.scatter(0, slot, torch.arange(size, dtype=torch.int32, device=flat.device))
+    return out[:size]
 
 
 def _gate(ops):
@@ -155,7 +155,7 @@ def _combine(ops):
 
     def backward(ctx, grad_output):
         rows, topk_weights, row_of_slot = ctx.saved_tensors
-        sorted_rows = invert_rows(row_of_slot, (-1,))
+        sorted_rows = invert_rows(row_of_slot)
         grad_output = grad_output.contiguous()
         if topk_weights is None:
             return ops.permute(grad_output, sorted_rows, row_of_slot), None, None
@@ -190,13 +190,13 @@ FORMULAS = {"gate": _gate, "fused_experts": _fused_experts, "fused_experts_accum
 def _refuse_gradient(operator):
     """The autograd kernel of an operator that writes to an argument, for which torch takes no formula."""
 
-    def call(*args):
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+    def kernel(*args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             raise NotImplementedError(f"{operator} has no gradient: call it under torch.no_grad()")
         with _below_autograd():
             return operator(*args)
 
-    return call
+    return kernel
 
 
 def register():

@@ -41,15 +41,15 @@ class GraphedStep:
         return self._result.clone()
 
     def _eagerly(self, x):
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             result = self._function(x)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(x.device).wait_stream(self._stream)
         return result
 
     def _capture(self, x):
         self._x = x.clone()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(x.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self._stream):
             self._result = self._function(self._x)

@@ -18,7 +18,6 @@ forward. The same code serves every backend of torch.distributed that has all-to
 
 import torch
 from torch import nn
-from torch.distributed import _functional_collectives as collectives
 
 from . import checks, ops
 from .layer import Experts, MoE
@@ -26,6 +25,7 @@ from .layer import Experts, MoE
 if not torch.distributed.is_available():
     raise ImportError("moe_kernels.parallel wants a torch that was built with torch.distributed")
 
+from torch.distributed import _functional_collectives as collectives  # noqa: E402
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.parallel import ParallelStyle  # noqa: E402
 
@@ -80,11 +80,14 @@ class DistributedExperts(Experts):
         rows = ops.permute(hidden_states, plan)
         group = self.down_proj.device_mesh.get_group()
         counts, sent, received = _exchange_counts(plan, group)
-        arrived = _all_to_all(rows[:sum(sent)], received, sent, group)
-        results = _all_to_all(self._compute(arrived, counts), sent, received, group)
-        # rows of no expert (sentinels) were not sent, and combine reads none of them
-        results = nn.functional.pad(results, (0, 0, 0, rows.shape[0] - results.shape[0]))
-        output = ops.unpermute(results, plan, topk_weights)
+        unsent = rows.shape[0] - sum(sent)  # of no expert (sentinels): combine reads none of them
+        if unsent:
+            rows = rows[:-unsent]
+        rows = _all_to_all(rows, received, sent, group)
+        rows = _all_to_all(self._compute(rows, counts), sent, received, group)
+        if unsent:
+            rows = nn.functional.pad(rows, (0, 0, 0, unsent))
+        output = ops.unpermute(rows, plan, topk_weights)
         return (output, plan) if return_plan else output
 
     def _compute(self, rows, counts):

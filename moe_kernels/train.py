@@ -180,9 +180,7 @@ class Trainer:
 
     def _can_capture(self):
         """Whether a step can be a CUDA graph: experts in torch operations, as in fp32, read their loads on the host."""
-        if self.device.type != "cuda" or not self._is_half():
-            return False
-        return ops.uses_kernels(torch.empty(0, dtype=torch.bfloat16, device=self.device))
+        return self._is_half() and ops.uses_kernels(torch.empty(0, dtype=torch.bfloat16, device=self.device))
 
     def _is_half(self):
         wanted = self.options.dtype
@@ -207,7 +205,7 @@ class Trainer:
                                self.options.keep)
 
     def _flush(self):
-        """Moves the losses of the last steps to the history: the one place where a GPU is waited for."""
+        """Moves the last losses to the history: here, and where loads are recorded, a GPU is waited for."""
         losses = torch.stack(self._pending).tolist() if self._pending else []
         self._pending.clear()
         for loss in losses:
