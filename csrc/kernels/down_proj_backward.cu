@@ -78,7 +78,7 @@ void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t 
 
 void launch_down_proj_backward(const DownProjBackwardParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  const bool sm90 = choose_engine(params.num_rows, params.num_experts, device_limits()) == Engine::kSm90;
+  const bool sm90 = padded_engine(params.num_rows, params.num_experts, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
     if (params.activation > Activation::kReGLU) {

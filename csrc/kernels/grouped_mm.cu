@@ -27,7 +27,6 @@ void grouped_mm_sm80(const GroupedMmParams& params, cudaStream_t stream) {
 
 template <bool kTransposeB, typename Element>
 void grouped_mm_sm90(const GroupedMmParams& params, cudaStream_t stream) {
-  using Config = sm90::Cooperative128x256;
   const sm90::Product product{params.dtype,
                               params.a,
                               nullptr,
@@ -38,18 +37,17 @@ void grouped_mm_sm90(const GroupedMmParams& params, cudaStream_t stream) {
                               static_cast<int>(params.num_rows),
                               params.n,
                               params.k};
-  const sm90::StoreEpilogue<Element, Config::kBuffers> epilogue{
-      sm90::ragged_map(params.dtype, params.c, params.n, params.n), static_cast<Element*>(params.c),
+  const sm90::SwappedStoreEpilogue<Element> epilogue{
+      sm90::ragged_map(params.dtype, params.c, params.n, params.n, sm90::kPieceRows), static_cast<Element*>(params.c),
       static_cast<const Element*>(params.bias), params.n};
-  sm90::launch_m_grouped<Config, false, kTransposeB, Element>(product, epilogue, stream, "grouped_mm");
+  sm90::launch_swap_ab<false, kTransposeB, Element>(product, epilogue, stream, "grouped_mm");
 }
 
 }  // namespace
 
 void launch_grouped_mm(const GroupedMmParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  const bool sm90 =
-      params.num_experts > 0 && choose_engine(params.num_rows, params.num_experts, device_limits()) == Engine::kSm90;
+  const bool sm90 = params.num_experts > 0 && choose_engine(params.num_rows, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
     if (params.transpose_b) {

@@ -35,11 +35,13 @@ void up_proj_sm90(const UpProjParams& params, cudaStream_t stream) {
   constexpr int kHalves = is_gated(kSet) ? 2 : 1;
   const int columns = params.intermediate_size;
   Element* pre = static_cast<Element*>(params.pre_activation);
-  sm90::ActivateEpilogue<Element, kSet, sm90::Cooperative128x256::kBuffers> epilogue = {};
-  epilogue.rows = sm90::ragged_map(params.dtype, params.rows, columns, columns);
-  if (pre != nullptr) epilogue.gate = sm90::ragged_map(params.dtype, pre, columns, kHalves * columns);
-  if (pre != nullptr && is_gated(kSet))
-    epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);
+  auto map = [&](void* data, int pitch) {
+    return sm90::ragged_map(params.dtype, data, columns, pitch, sm90::kPieceRows);
+  };
+  sm90::SwappedActivateEpilogue<Element, kSet> epilogue = {};
+  epilogue.rows = map(params.rows, columns);
+  if (pre != nullptr) epilogue.gate = map(pre, kHalves * columns);
+  if (pre != nullptr && is_gated(kSet)) epilogue.up = map(pre + columns, kHalves * columns);
   epilogue.rows_data = static_cast<Element*>(params.rows);
   epilogue.pre_activation_data = pre;
   epilogue.bias = static_cast<const Element*>(params.gate_up_bias);
@@ -49,14 +51,14 @@ void up_proj_sm90(const UpProjParams& params, cudaStream_t stream) {
       params.dtype,        params.hidden_states,       params.plan.sorted_rows, params.top_k,
       params.gate_up_proj, params.plan.expert_offsets, params.num_experts,      static_cast<int>(params.num_rows),
       kHalves * columns,   params.hidden_size};
-  sm90::launch_m_grouped<sm90::Cooperative128x256, true, true, Element>(product, epilogue, stream, "up_proj");
+  sm90::launch_swap_ab<true, true, Element>(product, epilogue, stream, "up_proj");
 }
 
 }  // namespace
 
 void launch_up_proj(const UpProjParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  const bool sm90 = choose_engine(params.num_rows, params.num_experts, device_limits()) == Engine::kSm90;
+  const bool sm90 = choose_engine(params.num_rows, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
     if (params.activation > Activation::kReGLU) {

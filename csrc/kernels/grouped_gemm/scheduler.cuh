@@ -4,6 +4,8 @@
 // blocks share the weights' tile. Block b computes tiles b, b + gridDim.x, ...; where two warpgroups of a block take
 // turns, each steps over the other's tiles. The rows behind the last expert (slots whose id was no expert) are one more
 // group, and so are rows before the first one (where offsets are a slice of a plan's); their outputs are zeros.
+//
+// kBalanced: a group's row tiles are equally high, a multiple of 8, and no higher than kTileRows.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +15,12 @@ namespace moe {
 struct Tile {
   int expert;     // num_experts or more: rows without an expert
   int row_begin;  // first row of the tile
-  int row_end;    // one past the last row of the group: rows of the tile beyond it do not exist
+  int row_end;    // one past the last row of the group (balanced: of the tile): rows beyond it are not this tile's
   int column_tile;
+  int height;  // rows of the tile, those beyond row_end included
 };
 
-template <int kTileRows>
+template <int kTileRows, bool kBalanced = false>
 class TileScheduler {
  public:
   // The caller takes every `step`-th of the block's tiles, beginning with the `first`.
@@ -28,29 +31,30 @@ class TileScheduler {
         num_rows_(num_rows),
         column_tiles_(column_tiles),
         index_(blockIdx.x + first * gridDim.x),
-        stride_(step * gridDim.x) {
-    load_groups();
-  }
+        stride_(step * gridDim.x) {}
 
-  // Warp-collective: every warp of the block finds the same tile. False: no tile is left.
+  // Warp-collective: every warp of the block finds the same tile. False: no tile is left. The groups are read anew for
+  // every tile: kept from one to the next they would cost registers in the products between.
   __device__ bool next(Tile& tile) {
-    while (index_ >= (tiles_before_ + __shfl_sync(~0u, inclusive_, 31)) * column_tiles_) {
-      tiles_before_ += __shfl_sync(~0u, inclusive_, 31);
+    Groups groups = load_groups();
+    while (index_ >= (tiles_before_ + __shfl_sync(~0u, groups.inclusive, 31)) * column_tiles_) {
+      tiles_before_ += __shfl_sync(~0u, groups.inclusive, 31);
       first_group_ += 32;
       if (first_group_ > num_experts_ + 1) return false;
-      load_groups();
+      groups = load_groups();
     }
-    const unsigned reached = __ballot_sync(~0u, index_ < (tiles_before_ + inclusive_) * column_tiles_);
+    const unsigned reached = __ballot_sync(~0u, index_ < (tiles_before_ + groups.inclusive) * column_tiles_);
     const int owner = __ffs(reached) - 1;
-    const int begin = __shfl_sync(~0u, begin_, owner);
-    const int end = __shfl_sync(~0u, end_, owner);
-    const int inclusive = __shfl_sync(~0u, inclusive_, owner);
+    const int begin = __shfl_sync(~0u, groups.begin, owner);
+    const int end = __shfl_sync(~0u, groups.end, owner);
+    const int inclusive = __shfl_sync(~0u, groups.inclusive, owner);
     const int row_tiles = row_tiles_of(begin, end);
     const int local = index_ - (tiles_before_ + inclusive - row_tiles) * column_tiles_;
     tile.expert = first_group_ + owner;
     tile.column_tile = local / row_tiles;
-    tile.row_begin = begin + (local - tile.column_tile * row_tiles) * kTileRows;
-    tile.row_end = end;
+    tile.height = kBalanced ? ((end - begin + row_tiles - 1) / row_tiles + 7) / 8 * 8 : kTileRows;
+    tile.row_begin = begin + (local - tile.column_tile * row_tiles) * tile.height;
+    tile.row_end = kBalanced ? min(tile.row_begin + tile.height, end) : end;
     index_ += stride_;
     return true;
   }
@@ -58,20 +62,26 @@ class TileScheduler {
  private:
   __device__ static int row_tiles_of(int begin, int end) { return (end - begin + kTileRows - 1) / kTileRows; }
 
-  // Lane l looks at group first_group_ + l.
-  __device__ void load_groups() {
+  // Of lane l: group first_group_ + l, and the row tiles of the groups from first_group_ to it.
+  struct Groups {
+    int begin, end, inclusive;
+  };
+
+  __device__ Groups load_groups() const {
     const int lane = threadIdx.x % 32;
     const int group = first_group_ + lane;
-    begin_ = group <= num_experts_ ? min(offsets_[group], num_rows_) : 0;
-    end_ = group == num_experts_       ? num_rows_
-           : group <= num_experts_ + 1 ? min(offsets_[group < num_experts_ ? group + 1 : 0], num_rows_)
-                                       : 0;
-    inclusive_ = row_tiles_of(begin_, end_);
+    Groups groups;
+    groups.begin = group <= num_experts_ ? min(__ldg(offsets_ + group), num_rows_) : 0;
+    groups.end = group == num_experts_       ? num_rows_
+                 : group <= num_experts_ + 1 ? min(__ldg(offsets_ + (group < num_experts_ ? group + 1 : 0)), num_rows_)
+                                             : 0;
+    groups.inclusive = row_tiles_of(groups.begin, groups.end);
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int lower = __shfl_up_sync(~0u, inclusive_, distance);
-      if (lane >= distance) inclusive_ += lower;
+      const int lower = __shfl_up_sync(~0u, groups.inclusive, distance);
+      if (lane >= distance) groups.inclusive += lower;
     }
+    return groups;
   }
 
   const int32_t* offsets_;
@@ -79,7 +89,6 @@ class TileScheduler {
   int index_, stride_;
   int first_group_ = 0;
   int tiles_before_ = 0;  // row tiles of the groups before first_group_
-  int begin_, end_, inclusive_;
 };
 
 }  // namespace moe

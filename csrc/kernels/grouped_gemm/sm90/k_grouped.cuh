@@ -247,8 +247,9 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
       continue;
     }
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
-    multiply<Config, Element, false, false, kGathered != Gathered::kNone>(outputs, ring, position, blocks,
-                                                                          first_fragment, consumer.leads());
+    const int last = multiply<Config, Element, false, false, kGathered != Gathered::kNone>(
+        outputs, ring, position, blocks, first_fragment, consumer.leads());
+    if (consumer.leads()) barrier_arrive(ring.empty(last));
 #pragma unroll
     for (int f = 0; f < Config::kFragments; ++f) {
       const int row = first_row + f * 64;

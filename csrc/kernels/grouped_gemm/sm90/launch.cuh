@@ -5,6 +5,7 @@
 #include "activate_backward.cuh"
 #include "k_grouped.cuh"
 #include "m_grouped.cuh"
+#include "swap_ab.cuh"
 
 namespace moe::sm90 {
 
@@ -56,6 +57,38 @@ void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStre
   if (tiles >= int64_t{1} << 30) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
   kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, epilogue);
+  check_launch(name);
+}
+
+// The same with the weights as wgmma's A.
+template <bool kGathered, bool kWeightsKMajor, typename Element, typename Epilogue>
+void launch_swap_ab(const Product& product, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
+  using Config = SwapAB;
+  constexpr auto kKernel = swap_ab_kernel<Config, Element, kGathered, kWeightsKMajor, Epilogue>;
+  allow_shared_memory<SwapABShared, kKernel>(name);
+  MGroupedOperands<Element> operands = {};
+  if (!kGathered) operands.rows = rows_map(product.dtype, product.x, product.num_rows, product.k, kRowBox);
+  if (Epilogue::kGated) {
+    operands.weights = gated_experts_map(product.dtype, product.weights, product.num_experts, product.n / 2, product.k,
+                                         Config::kRows / 2);
+  } else if (kWeightsKMajor) {
+    operands.weights =
+        experts_map(product.dtype, product.weights, product.num_experts, product.n, product.k, Config::kRows);
+  } else {
+    operands.weights = experts_map(product.dtype, product.weights, product.num_experts, product.k, product.n, kDepth);
+  }
+  operands.x = static_cast<const Element*>(product.x);
+  operands.row_index = product.row_index;
+  operands.row_divisor = Divisor(product.row_divisor);
+  operands.expert_offsets = product.expert_offsets;
+  operands.num_experts = product.num_experts;
+  operands.num_rows = product.num_rows;
+  operands.k = product.k;
+  const int64_t row_tiles = ceil_div(product.num_rows, kMostRows) + std::min(product.num_experts + 1, product.num_rows);
+  const int64_t tiles = row_tiles * ceil_div(epilogue.columns, Config::kRows / (Epilogue::kGated ? 2 : 1));
+  if (tiles >= int64_t{1} << 30) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
+  kKernel<<<blocks, kThreads, SwapABShared::kSharedBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }
 

@@ -43,12 +43,13 @@ class RowGather {
     const int t = threadIdx.x, rows = tile.row_end - tile.row_begin;
     shared_offset_ = t / 8 * 128 + ((t % 8 ^ t / 8 % 8) << 4);
     depth_ = operands.k;
-    half_ = rows <= kRows / 2;
+    passes_ = (min(rows, kRows) + 15) / 16;
+    from_ = reinterpret_cast<const uint4*>(operands.x);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int row = tile.row_begin + min(t / 8 + 16 * i, rows - 1);
-      const int source = operands.row_divisor.divide(__ldg(operands.row_index + row));
-      from_[i] = operands.x + static_cast<int64_t>(source) * operands.k + t % 8 * 8;
+      const uint32_t source = operands.row_divisor.divide(__ldg(operands.row_index + row));
+      chunks_[i] = source * (operands.k / 8) + t % 8;
     }
   }
   // Few instructions: at full speed a stage of a 128 x 128 tile lasts 750 cycles.
@@ -56,13 +57,10 @@ class RowGather {
     const uint32_t to = stage + shared_offset_;
     if (depth_ < kDepth) return load_last(to);
 #pragma unroll
-    for (int i = 0; i < kPasses / 2; ++i) cp_async_16(to + i * 2048, from_[i]);
-    if (!half_) {
-#pragma unroll
-      for (int i = kPasses / 2; i < kPasses; ++i) cp_async_16(to + i * 2048, from_[i]);
+    for (int i = 0; i < kPasses; ++i) {
+      if (i < passes_) cp_async_16(to + i * 2048, from_ + chunks_[i]);
     }
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) from_[i] += kDepth;
+    from_ += kDepth / 8;
     depth_ -= kDepth;
   }
 
@@ -73,13 +71,14 @@ class RowGather {
     const bool inside = threadIdx.x % 8 * 8 < depth_;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i)
-      cp_async_16(to + i * 2048, inside ? from_[i] : from_[i] - threadIdx.x % 8 * 8, inside);
+      cp_async_16(to + i * 2048, from_ + (inside ? chunks_[i] : chunks_[i] - threadIdx.x % 8), inside);
   }
 
   uint32_t shared_offset_;
-  int depth_;  // columns left
-  bool half_;  // the second half of the tile has no rows
-  const Element* from_[kPasses];
+  int depth_;                 // columns left
+  int passes_;                // of 16 rows that the tile has
+  const uint4* from_;         // of x, moved on to the stage's columns
+  uint32_t chunks_[kPasses];  // of 16 bytes, from there: 32 bits reach 64 GB
 };
 
 // Loads the weights of one stage; called by one thread.
@@ -165,8 +164,9 @@ __device__ __forceinline__ void consume(const MGroupedOperands<Element>& operand
     // abreast, and only so do they share them in L2: with short tiles v4-pro-ep8 at T = 8192 took 4.05 ms instead
     // of 2.59, fine-16 2.23 instead of 1.86.
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
-    multiply<Config, Element, true, kKMajor, kGathered>(outputs, ring, position, blocks, first_fragment,
-                                                        consumer.leads());
+    const int last = multiply<Config, Element, true, kKMajor, kGathered>(outputs, ring, position, blocks,
+                                                                         first_fragment, consumer.leads());
+    if (consumer.leads()) barrier_arrive(ring.empty(last));
     Turns<Config>::give_to(consumer.index ^ 1);
     if (Config::kPingPong) position.advance(blocks);
 #pragma unroll

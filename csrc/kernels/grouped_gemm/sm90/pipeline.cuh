@@ -52,17 +52,20 @@ struct RingPosition {
 template <typename Config>
 using Outputs = float[Config::kFragments][Config::kCols / 2];
 
-template <typename Config>
+template <typename Config, int kCount>
 __device__ __forceinline__ void pin(Outputs<Config>& outputs) {
 #pragma unroll
-  for (int f = 0; f < Config::kFragments; ++f) pin(outputs[f]);
+  for (int f = 0; f < Config::kFragments; ++f) pin<kCount>(outputs[f]);
 }
 
 // The products of a tile's `blocks` >= 1 stages. A stage is given back one block late, when its products are known to
-// be done. kGathered: cp.async wrote into the stages, so each consumer fences before wgmma reads them.
-template <typename Config, typename Element, bool kAKMajor, bool kBKMajor, bool kGathered>
-__device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Config>& ring,
-                                         RingPosition<Config>& position, int blocks, int first_fragment, bool leader) {
+// be done; the last one is the caller's to give back, and returned. kGathered: cp.async wrote into the stages, so each
+// consumer fences before wgmma reads them. kColumns: of the tile's columns those that are computed. Fragment f of the
+// consumer is fragment first_fragment + f * kFragmentStride of the stage.
+template <typename Config, typename Element, bool kAKMajor, bool kBKMajor, bool kGathered, int kColumns = Config::kCols,
+          int kFragmentStride = 1>
+__device__ __forceinline__ int multiply(Outputs<Config>& outputs, const Ring<Config>& ring,
+                                        RingPosition<Config>& position, int blocks, int first_fragment, bool leader) {
   // A fragment's 64 rows: 64 rows of 128 bytes, or one MN-major chunk. Both are 8192 bytes.
   const uint32_t a_offset = first_fragment * 8192;
   int previous = 0;
@@ -71,14 +74,15 @@ __device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Co
     if constexpr (kGathered) proxy_fence();
     const uint64_t a = operand_descriptor<kAKMajor>(ring.a(position.stage) + a_offset);
     const uint64_t b = operand_descriptor<kBKMajor>(ring.b(position.stage));
-    pin<Config>(outputs);
+    pin<Config, kColumns / 2>(outputs);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int f = 0; f < Config::kFragments; ++f) {
-        wgmma<Element, !kAKMajor, !kBKMajor>(outputs[f], a + f * (8192 >> 4) + step * kDescriptorStep<kAKMajor>,
-                                             b + step * kDescriptorStep<kBKMajor>, block > 0 || step > 0);
+        wgmma<Element, !kAKMajor, !kBKMajor, kColumns>(
+            outputs[f], a + f * kFragmentStride * (8192 >> 4) + step * kDescriptorStep<kAKMajor>,
+            b + step * kDescriptorStep<kBKMajor>, block > 0 || step > 0);
       }
     wgmma_commit();
     wgmma_wait<1>();
@@ -87,8 +91,8 @@ __device__ __forceinline__ void multiply(Outputs<Config>& outputs, const Ring<Co
     position.advance();
   }
   wgmma_wait<0>();
-  pin<Config>(outputs);
-  if (leader) barrier_arrive(ring.empty(previous));
+  pin<Config, kColumns / 2>(outputs);
+  return previous;
 }
 
 // Ping-pong: the tensor cores belong to one consumer at a time. Each waits for its turn before its products and gives

@@ -159,6 +159,13 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t shared, const uint32_t (&wo
                : "memory");
 }
 
+// The same, each 8 x 8 matrix transposed.
+__device__ __forceinline__ void stmatrix_x4_transposed(uint32_t shared, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -86,12 +86,12 @@ CUtensorMap gated_experts_map(DType dtype, const void* data, int num_experts, in
                    {pitch, pitch * rows, 2 * pitch * rows}, {kBoxColumns, cuuint32_t(box_rows), 2, 1});
 }
 
-CUtensorMap ragged_map(DType dtype, const void* data, int columns, int pitch) {
+CUtensorMap ragged_map(DType dtype, const void* data, int columns, int pitch, int box_rows) {
   constexpr cuuint64_t kUnbounded = (cuuint64_t{1} << 31) - 1;
   const cuuint64_t row_bytes = pitch * bytes_of(dtype);
   const cuuint64_t back = (cuuint64_t{1} << 35) - row_bytes;
   return encode<4>(dtype, data, {cuuint64_t(columns), kRaggedRows, kUnbounded, kUnbounded},
-                   {row_bytes, back, row_bytes}, {kBoxColumns, 64, 1, 1});
+                   {row_bytes, back, row_bytes}, {kBoxColumns, cuuint32_t(box_rows), 1, 1});
 }
 
 }  // namespace moe::sm90

@@ -22,11 +22,11 @@ CUtensorMap experts_map(DType dtype, const void* data, int num_experts, int rows
 // [E, 2, rows, columns]: a box brings box_rows gate rows and the same up rows.
 CUtensorMap gated_experts_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows);
 
-// Rows of `pitch` elements of which `columns` belong to the map, in boxes of 64 x 64 that end at a row known on the
-// device alone. Row r of a range that ends before row `end` has coordinates (column, ragged_row(r, end), kRaggedRows,
-// end): beyond the range a box reads zeros and writes nothing. Such a coordinate sums to r * pitch modulo 2^64, and the
-// bound of the second dimension cuts at `end`.
-CUtensorMap ragged_map(DType dtype, const void* data, int columns, int pitch);
+// Rows of `pitch` elements of which `columns` belong to the map, in boxes of box_rows x 64 that end at a row known on
+// the device alone. Row r of a range that ends before row `end` has coordinates (column, ragged_row(r, end),
+// kRaggedRows, end): beyond the range a box reads zeros and writes nothing. Such a coordinate sums to r * pitch modulo
+// 2^64, and the bound of the second dimension cuts at `end`.
+CUtensorMap ragged_map(DType dtype, const void* data, int columns, int pitch, int box_rows = 64);
 
 constexpr int kRaggedRows = 1 << 30;
 constexpr int ragged_row(int row, int end) { return kRaggedRows - (end - row); }

@@ -19,9 +19,14 @@ struct TileConfig {
   static constexpr int kStageBytes = kABytes + kBBytes;
 };
 
-// The m-grouped products. Per stage 48 KB come from L2 for 128x256 outputs: at 650 TFLOP/s 7.7 TB/s, which L2 just
-// gives; 128x128 tiles want 10. H100, ms of the down projection, 4 stages and 2 buffers against 3 and 4: fine-16 at T =
-// 4096 0.61, 0.63; v3-ep8 at T = 8192 0.43, 0.47; fine-7b 0.34, 0.35.
+// The m-grouped products with the weights as wgmma's A: 256 columns of the weights by up to kMostRows rows, as many as
+// make an expert's tiles equally high.
+using SwapAB = TileConfig<256, 192, 4, 0>;
+constexpr int kMostRows = 184;
+
+// The m-grouped products with the rows as A. Per stage 48 KB come from L2 for 128x256 outputs: at 650 TFLOP/s 7.7 TB/s,
+// which L2 just gives; 128x128 tiles want 10. H100, ms of the down projection, 4 stages and 2 buffers against 3 and 4:
+// fine-16 at T = 4096 0.61, 0.63; v3-ep8 at T = 8192 0.43, 0.47; fine-7b 0.34, 0.35.
 using Cooperative128x256 = TileConfig<128, 256, 4, 2>;
 
 // The weight gradients: 128x256 where n is gathered, 256x128 where k is, as the gather is 128 columns wide. H100, ms of

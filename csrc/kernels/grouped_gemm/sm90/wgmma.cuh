@@ -41,77 +41,116 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving a register of a product in flight.
-template <int kCount>
-__device__ __forceinline__ void pin(float (&d)[kCount]) {
+// Keeps the compiler from moving one of the first kCount registers of a product in flight.
+template <int kCount, int kAll>
+__device__ __forceinline__ void pin(float (&d)[kAll]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define MOE_WGMMA_N128(type)                                                                                        \
-  asm volatile(                                                                                                     \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                  \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                  \
-      " {"                                                                                                          \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "        \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "        \
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "        \
-      "%62, %63"                                                                                                    \
-      "}, %64, %65, p, 1, 1, %67, %68;\n}"                                                                          \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),      \
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),     \
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),     \
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),     \
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),     \
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),     \
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                   \
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+// Lists for asm statements: the names and the operands of the first n / 2 outputs, n columns.
+#define MOE_NAMES_8 "%0, %1, %2, %3"
+#define MOE_NAMES_16 MOE_NAMES_8 ", %4, %5, %6, %7"
+#define MOE_NAMES_24 MOE_NAMES_16 ", %8, %9, %10, %11"
+#define MOE_NAMES_32 MOE_NAMES_24 ", %12, %13, %14, %15"
+#define MOE_NAMES_40 MOE_NAMES_32 ", %16, %17, %18, %19"
+#define MOE_NAMES_48 MOE_NAMES_40 ", %20, %21, %22, %23"
+#define MOE_NAMES_56 MOE_NAMES_48 ", %24, %25, %26, %27"
+#define MOE_NAMES_64 MOE_NAMES_56 ", %28, %29, %30, %31"
+#define MOE_NAMES_72 MOE_NAMES_64 ", %32, %33, %34, %35"
+#define MOE_NAMES_80 MOE_NAMES_72 ", %36, %37, %38, %39"
+#define MOE_NAMES_88 MOE_NAMES_80 ", %40, %41, %42, %43"
+#define MOE_NAMES_96 MOE_NAMES_88 ", %44, %45, %46, %47"
+#define MOE_NAMES_104 MOE_NAMES_96 ", %48, %49, %50, %51"
+#define MOE_NAMES_112 MOE_NAMES_104 ", %52, %53, %54, %55"
+#define MOE_NAMES_120 MOE_NAMES_112 ", %56, %57, %58, %59"
+#define MOE_NAMES_128 MOE_NAMES_120 ", %60, %61, %62, %63"
+#define MOE_NAMES_136 MOE_NAMES_128 ", %64, %65, %66, %67"
+#define MOE_NAMES_144 MOE_NAMES_136 ", %68, %69, %70, %71"
+#define MOE_NAMES_152 MOE_NAMES_144 ", %72, %73, %74, %75"
+#define MOE_NAMES_160 MOE_NAMES_152 ", %76, %77, %78, %79"
+#define MOE_NAMES_168 MOE_NAMES_160 ", %80, %81, %82, %83"
+#define MOE_NAMES_176 MOE_NAMES_168 ", %84, %85, %86, %87"
+#define MOE_NAMES_184 MOE_NAMES_176 ", %88, %89, %90, %91"
+#define MOE_NAMES_192 MOE_NAMES_184 ", %92, %93, %94, %95"
+#define MOE_NAMES_256                                                                                          \
+  MOE_NAMES_192                                                                                                \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MOE_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MOE_OUTPUTS_8 MOE_FOUR(0)
+#define MOE_OUTPUTS_16 MOE_OUTPUTS_8, MOE_FOUR(4)
+#define MOE_OUTPUTS_24 MOE_OUTPUTS_16, MOE_FOUR(8)
+#define MOE_OUTPUTS_32 MOE_OUTPUTS_24, MOE_FOUR(12)
+#define MOE_OUTPUTS_40 MOE_OUTPUTS_32, MOE_FOUR(16)
+#define MOE_OUTPUTS_48 MOE_OUTPUTS_40, MOE_FOUR(20)
+#define MOE_OUTPUTS_56 MOE_OUTPUTS_48, MOE_FOUR(24)
+#define MOE_OUTPUTS_64 MOE_OUTPUTS_56, MOE_FOUR(28)
+#define MOE_OUTPUTS_72 MOE_OUTPUTS_64, MOE_FOUR(32)
+#define MOE_OUTPUTS_80 MOE_OUTPUTS_72, MOE_FOUR(36)
+#define MOE_OUTPUTS_88 MOE_OUTPUTS_80, MOE_FOUR(40)
+#define MOE_OUTPUTS_96 MOE_OUTPUTS_88, MOE_FOUR(44)
+#define MOE_OUTPUTS_104 MOE_OUTPUTS_96, MOE_FOUR(48)
+#define MOE_OUTPUTS_112 MOE_OUTPUTS_104, MOE_FOUR(52)
+#define MOE_OUTPUTS_120 MOE_OUTPUTS_112, MOE_FOUR(56)
+#define MOE_OUTPUTS_128 MOE_OUTPUTS_120, MOE_FOUR(60)
+#define MOE_OUTPUTS_136 MOE_OUTPUTS_128, MOE_FOUR(64)
+#define MOE_OUTPUTS_144 MOE_OUTPUTS_136, MOE_FOUR(68)
+#define MOE_OUTPUTS_152 MOE_OUTPUTS_144, MOE_FOUR(72)
+#define MOE_OUTPUTS_160 MOE_OUTPUTS_152, MOE_FOUR(76)
+#define MOE_OUTPUTS_168 MOE_OUTPUTS_160, MOE_FOUR(80)
+#define MOE_OUTPUTS_176 MOE_OUTPUTS_168, MOE_FOUR(84)
+#define MOE_OUTPUTS_184 MOE_OUTPUTS_176, MOE_FOUR(88)
+#define MOE_OUTPUTS_192 MOE_OUTPUTS_184, MOE_FOUR(92)
+#define MOE_OUTPUTS_256                                                                                     \
+  MOE_OUTPUTS_192, MOE_FOUR(96), MOE_FOUR(100), MOE_FOUR(104), MOE_FOUR(108), MOE_FOUR(112), MOE_FOUR(116), \
+      MOE_FOUR(120), MOE_FOUR(124)
 
-#define MOE_WGMMA_N256(type)                                                                                         \
-  asm volatile(                                                                                                      \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                                  \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                                   \
-      " {"                                                                                                           \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "         \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "         \
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "         \
-      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "         \
-      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "             \
-      "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "             \
-      "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"                                             \
-      "}, %128, %129, p, 1, 1, %131, %132;\n}"                                                                       \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),  \
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),       \
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),      \
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),      \
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),      \
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),      \
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),      \
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),      \
-        "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]),      \
-        "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]),      \
-        "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]),      \
-        "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]),      \
-        "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), \
-        "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),            \
-        "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]),            \
-        "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),            \
-        "+f"(d[126]), "+f"(d[127])                                                                                   \
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+// a .. tb: the numbers of the operands behind the outputs.
+#define MOE_WGMMA(type, n, a_name, b_name, accumulate_name, ta, tb)                                                 \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_name ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n     \
+               "k16.f32." type "." type " {" MOE_NAMES_##n "}, " a_name ", " b_name ", p, 1, 1, " ta ", " tb ";\n}" \
+               : MOE_OUTPUTS_##n                                                                                    \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+#define MOE_WGMMA_CASE(n, a, b, accumulate, ta, tb)                                                       \
+  if constexpr (kColumns == n) {                                                                          \
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) MOE_WGMMA("bf16", n, a, b, accumulate, ta, tb); \
+    else MOE_WGMMA("f16", n, a, b, accumulate, ta, tb);                                                   \
+  }
 
-// accumulate 0: d = a * b. A transposed operand is MN-major.
-template <typename Element, bool kTransposeA, bool kTransposeB, int kCount>
+// d [64, kColumns] = a * b (+ d if accumulate), in the first kColumns / 2 registers. A transposed operand is MN-major.
+template <typename Element, bool kTransposeA, bool kTransposeB, int kColumns, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(kCount == 64 || kCount == 128, "m64n128 and m64n256 alone");
-  constexpr bool kBFloat16 = std::is_same_v<Element, __nv_bfloat16>;
-  if constexpr (kCount == 64 && kBFloat16) MOE_WGMMA_N128("bf16");
-  if constexpr (kCount == 64 && !kBFloat16) MOE_WGMMA_N128("f16");
-  if constexpr (kCount == 128 && kBFloat16) MOE_WGMMA_N256("bf16");
-  if constexpr (kCount == 128 && !kBFloat16) MOE_WGMMA_N256("f16");
+  static_assert(kColumns / 2 <= kCount);
+  static_assert((kColumns % 8 == 0 && kColumns <= 192) || kColumns == 256, "spelled out below are these alone");
+  MOE_WGMMA_CASE(8, "%4", "%5", "%6", "%7", "%8")
+  MOE_WGMMA_CASE(16, "%8", "%9", "%10", "%11", "%12")
+  MOE_WGMMA_CASE(24, "%12", "%13", "%14", "%15", "%16")
+  MOE_WGMMA_CASE(32, "%16", "%17", "%18", "%19", "%20")
+  MOE_WGMMA_CASE(40, "%20", "%21", "%22", "%23", "%24")
+  MOE_WGMMA_CASE(48, "%24", "%25", "%26", "%27", "%28")
+  MOE_WGMMA_CASE(56, "%28", "%29", "%30", "%31", "%32")
+  MOE_WGMMA_CASE(64, "%32", "%33", "%34", "%35", "%36")
+  MOE_WGMMA_CASE(72, "%36", "%37", "%38", "%39", "%40")
+  MOE_WGMMA_CASE(80, "%40", "%41", "%42", "%43", "%44")
+  MOE_WGMMA_CASE(88, "%44", "%45", "%46", "%47", "%48")
+  MOE_WGMMA_CASE(96, "%48", "%49", "%50", "%51", "%52")
+  MOE_WGMMA_CASE(104, "%52", "%53", "%54", "%55", "%56")
+  MOE_WGMMA_CASE(112, "%56", "%57", "%58", "%59", "%60")
+  MOE_WGMMA_CASE(120, "%60", "%61", "%62", "%63", "%64")
+  MOE_WGMMA_CASE(128, "%64", "%65", "%66", "%67", "%68")
+  MOE_WGMMA_CASE(136, "%68", "%69", "%70", "%71", "%72")
+  MOE_WGMMA_CASE(144, "%72", "%73", "%74", "%75", "%76")
+  MOE_WGMMA_CASE(152, "%76", "%77", "%78", "%79", "%80")
+  MOE_WGMMA_CASE(160, "%80", "%81", "%82", "%83", "%84")
+  MOE_WGMMA_CASE(168, "%84", "%85", "%86", "%87", "%88")
+  MOE_WGMMA_CASE(176, "%88", "%89", "%90", "%91", "%92")
+  MOE_WGMMA_CASE(184, "%92", "%93", "%94", "%95", "%96")
+  MOE_WGMMA_CASE(192, "%96", "%97", "%98", "%99", "%100")
+  MOE_WGMMA_CASE(256, "%128", "%129", "%130", "%131", "%132")
 }
 
-#undef MOE_WGMMA_N128
-#undef MOE_WGMMA_N256
+#undef MOE_WGMMA_CASE
+#undef MOE_WGMMA
 
 }  // namespace moe::sm90

@@ -1,0 +1,157 @@
+// The m-grouped product with its operands swapped: the weights are wgmma's A, the rows its B. It computes
+//
+//   y[r, :] = x[row(r), :] @ b[e].T   (b [E, n, k], K-major)    or    x[row(r), :] @ b[e]   (b [E, k, n], MN-major)
+//
+// to the bit as m_grouped.cuh does. wgmma takes its B in steps of 8 rows, so that a tile is as high as its expert wants
+// it: where m_grouped.cuh pads 272 rows to three tiles of 128, here are two of 136. All tiles of an expert are equally
+// high, which keeps the blocks that share its weights abreast, and only so do they share them in L2.
+#pragma once
+
+#include "m_grouped.cuh"
+#include "swap_ab_epilogues.cuh"
+
+namespace moe::sm90 {
+
+struct SwapABShared {
+  static constexpr int kSharedBytes = Ring<SwapAB>::kBytes + Ring<SwapAB>::kBarrierBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes, "more than an SM has");
+};
+
+constexpr int kRowBox = 32;  // rows that TMA brings at a time where they are not gathered
+
+// Calls body(constant), the constant being `columns`: a multiple of 8 from 8 to kMost.
+template <int kMost, typename Body>
+__device__ __forceinline__ void dispatch_columns(int columns, Body&& body) {
+  if constexpr (kMost == 8) {
+    body(std::integral_constant<int, kMost>{});
+  } else {
+    if (columns == kMost) body(std::integral_constant<int, kMost>{});
+    else dispatch_columns<kMost - 8>(columns, body);
+  }
+}
+
+// Loads the weights of one stage, columns of them being A's rows; called by one thread.
+template <typename Config, bool kKMajor, bool kGated>
+__device__ __forceinline__ void load_weights_as_a(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int depth,
+                                                  int column_tile, int expert) {
+  if constexpr (kKMajor && kGated) {
+    tma_load(stage, map, barrier, depth, column_tile * (Config::kRows / 2), 0, expert);
+  } else if constexpr (kKMajor) {
+    tma_load(stage, map, barrier, depth, column_tile * Config::kRows, expert);
+  } else {
+#pragma unroll
+    for (int chunk = 0; chunk < Config::kRows / 64; ++chunk) {
+      tma_load(stage + chunk * kMnChunkBytes, map, barrier, column_tile * Config::kRows + chunk * 64, depth, expert);
+    }
+  }
+}
+
+template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
+__device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>& operands, const Ring<Config>& ring,
+                                                int column_tiles) {
+  if (!kGathered && threadIdx.x >= 32) return;
+  TileScheduler<kMostRows, true> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
+                                           column_tiles);
+  RingPosition<Config> position;
+  const int blocks = (operands.k + kDepth - 1) / kDepth;
+  Tile tile;
+  while (scheduler.next(tile) && tile.expert < operands.num_experts) {
+    const int boxes = kGathered ? 0 : (tile.height + kRowBox - 1) / kRowBox;
+    auto each_stage = [&](auto load_rows) {
+      for (int block = 0; block < blocks; ++block, position.advance()) {
+        barrier_wait(ring.empty(position.stage), position.phase ^ 1);
+        if constexpr (!kGathered) __syncwarp();  // one lane alone goes on: none may fall a whole round behind
+        const uint32_t full = ring.full(position.stage);
+        if (threadIdx.x == 0) {
+          barrier_arrive_expect(full, Config::kABytes + boxes * kRowBox * 128);
+          load_weights_as_a<Config, kKMajor, Epilogue::kGated>(operands.weights, ring.a(position.stage), full,
+                                                               block * kDepth, tile.column_tile, tile.expert);
+        }
+        load_rows(ring.b(position.stage), full, block * kDepth);
+      }
+    };
+    if constexpr (kGathered) {
+      RowGather<Element, Config::kCols> rows(operands, tile);
+      each_stage([&](uint32_t stage, uint32_t full, int depth) {
+        rows.load(stage);
+        cp_async_arrive(full);
+      });
+    } else {
+      each_stage([&](uint32_t stage, uint32_t full, int depth) {
+        if (threadIdx.x != 0) return;
+        for (int box = 0; box < boxes; ++box) {
+          tma_load(stage + box * kRowBox * 128, operands.rows, full, depth, tile.row_begin + box * kRowBox);
+        }
+      });
+      __syncwarp();
+    }
+  }
+}
+
+// A consumer has 128 of the tile's 256 columns: 64 of the gate and the same of the up half, or 128 neighbours.
+template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
+__device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
+                                                const Ring<Config>& ring, const Consumer& consumer, int column_tiles) {
+  constexpr bool kGated = Epilogue::kGated;
+  constexpr int kOutputCols = Config::kRows / (kGated ? 2 : 1);
+  TileScheduler<kMostRows, true> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
+                                           column_tiles);
+  RingPosition<Config> position;
+  const int blocks = (operands.k + kDepth - 1) / kDepth;
+  const int first_fragment = consumer.index * (kGated ? 1 : Config::kFragments);
+  Tile tile;
+  while (scheduler.next(tile)) {
+    const int column = tile.column_tile * kOutputCols + consumer.index * (kOutputCols / 2);
+    const ConsumerTile mine{tile.row_begin, tile.row_end, column, tile.expert};
+    if (tile.expert >= operands.num_experts) {
+      epilogue.zeros(mine.row, mine.row_end, column, min(column + kOutputCols / 2, epilogue.columns));
+      continue;
+    }
+    Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
+    int last = 0;
+    dispatch_columns<kMostRows>(tile.height, [&](auto height) {
+      last = multiply<Config, Element, kKMajor, true, kGathered, decltype(height)::value, kGated ? 2 : 1>(
+          outputs, ring, position, blocks, first_fragment, consumer.leads());
+    });
+    // Nobody but this consumer reads its fragments of the last stage: the outputs go through that memory.
+    TransposedStager<kGated> stager(consumer, ring.a(last) + first_fragment * 8192);
+    epilogue.store(mine, outputs, stager);
+    if (consumer.leads()) {
+      tma_wait_read<0>();
+      barrier_arrive(ring.empty(last));
+    }
+  }
+  if (consumer.leads()) tma_wait_all();
+}
+
+// 504 registers a thread of each kind are there to share out. The gather keeps 10 row addresses.
+template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    swap_ab_kernel(const __grid_constant__ MGroupedOperands<Element> operands,
+                   const __grid_constant__ Epilogue epilogue) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
+  const Ring<Config> ring{base, base + Ring<Config>::kBytes};
+  constexpr int kOutputCols = Config::kRows / (Epilogue::kGated ? 2 : 1);
+  const int column_tiles = (epilogue.columns + kOutputCols - 1) / kOutputCols;
+  if (threadIdx.x == 0) {
+    ring.init(kGathered ? 1 + 128 : 1);
+    barrier_init_fence();
+    prefetch_map(operands.weights);
+    if (!kGathered) prefetch_map(operands.rows);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    give_registers<40>();
+    produce_swapped<Config, Element, kGathered, kKMajor, Epilogue>(operands, ring, column_tiles);
+  } else {
+    take_registers<232>();
+    const int index = threadIdx.x / 128 - 1;
+    const Consumer consumer{index, 0, 0};
+    consume_swapped<Config, Element, kGathered, kKMajor>(operands, epilogue, ring, consumer, column_tiles);
+  }
+#endif
+}
+
+}  // namespace moe::sm90
