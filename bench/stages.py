@@ -69,7 +69,7 @@ def expert_stages(inputs):
 
     def up_proj():
         return operators(hidden).up_proj(hidden, gate_up, None, plan.expert_offsets, plan.sorted_rows, top_k, "swiglu",
-                                         None, False)[0]
+                                         None, 1.0, False, True, False)[0]
 
     def torch_up_proj():
         gate, up = F.grouped_mm(hidden[order // top_k], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)

@@ -40,7 +40,7 @@ def _save_experts(ctx, ops, inputs, output):
     ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, *output[1:])
     ctx.set_materialize_grads(False)
     # buffers are not saved for backward: other backward calls may add to them before this one
-    ctx.ops, ctx.activation, ctx.swiglu_limit, ctx.kept, *ctx.buffers = ops, *inputs[7:]
+    ctx.ops, ctx.options, ctx.kept, ctx.buffers = ops, inputs[7:12], inputs[12], inputs[13:]
 
 
 def _gradients_of_experts(ctx, grad_output, needs):
@@ -49,7 +49,7 @@ def _gradients_of_experts(ctx, grad_output, needs):
         return (None,) * 6
     if not ctx.kept:
         raise RuntimeError("fused_experts: a gradient wants keep_pre_activation=True in the forward call")
-    arguments = (grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.swiglu_limit, needs)
+    arguments = (grad_output.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
     if not ctx.buffers:
         grads = call(ctx.ops.fused_experts_backward, *arguments)
         return [grad if need else None for grad, need in zip(grads, needs)]
@@ -69,7 +69,7 @@ def _fused_experts(ops):
     def backward(ctx, grad_output, *_):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5, 6)]
         grads = _gradients_of_experts(ctx, grad_output, needs)
-        return *grads[:4], None, *grads[4:], *[None] * (3 + len(ctx.buffers))
+        return *grads[:4], None, *grads[4:], *[None] * (6 + len(ctx.buffers))
 
     return backward, setup_context
 

@@ -3,7 +3,7 @@ and what it got, before anything is launched."""
 
 import torch
 
-from .activation import ACTIVATIONS, is_gated
+from .activation import ACTIVATIONS, CLAMPED, is_gated
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -71,17 +71,32 @@ def check_num_rows(num_tokens, top_k):
         raise ValueError(f"topk_ids wants T*K below 2^31 rows, got {num_tokens} * {top_k}")
 
 
-def check_activation(activation, swiglu_limit):
-    """A known activation; a positive limit, and that with swiglu alone."""
+def _check_positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} wants a number, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} wants a number above 0, got {value}")
+
+
+def check_activation(activation, swiglu_limit, swiglu_alpha=None):
+    """A known activation; a positive limit, with swiglu and swiglu_oai alone; a positive alpha, with the latter."""
     check_choice("activation", activation, ACTIVATIONS)
-    if swiglu_limit is None:
-        return
-    if activation != "swiglu":
-        raise ValueError(f"swiglu_limit wants activation 'swiglu', got {activation!r}")
-    if isinstance(swiglu_limit, bool) or not isinstance(swiglu_limit, (int, float)):
-        raise TypeError(f"swiglu_limit wants a number, got {type(swiglu_limit).__name__}")
-    if not swiglu_limit > 0:
-        raise ValueError(f"swiglu_limit wants a number above 0, got {swiglu_limit}")
+    if swiglu_limit is not None:
+        if activation not in CLAMPED:
+            raise ValueError(f"swiglu_limit wants activation 'swiglu' or 'swiglu_oai', got {activation!r}")
+        _check_positive("swiglu_limit", swiglu_limit)
+    if swiglu_alpha is not None:
+        if activation != "swiglu_oai":
+            raise ValueError(f"swiglu_alpha wants activation 'swiglu_oai', got {activation!r}")
+        _check_positive("swiglu_alpha", swiglu_alpha)
+
+
+def check_layout(activation, is_transposed, is_concatenated):
+    """A layout of the weights that is served: the default, or transposed, with gate and up interleaved or not."""
+    if is_transposed and activation not in CLAMPED:
+        raise ValueError(f"is_transposed wants activation 'swiglu' or 'swiglu_oai', got {activation!r}")
+    if not is_concatenated and not is_transposed:
+        raise ValueError("is_concatenated wants True where is_transposed is False, got False")
 
 
 def check_groups(num_experts, top_k, num_expert_groups, topk_groups):
@@ -105,18 +120,22 @@ def check_topk(topk_weights, topk_ids, num_tokens, dtype, device):
         check_tensor("topk_weights", topk_weights, (("T", num_tokens), ("K", topk_ids.shape[1])), dtypes, device)
 
 
-def check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation):
+def check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, is_transposed):
     """Shapes, dtypes and devices of the experts' tensors; hidden_states says what the others must be."""
     check_tensor("hidden_states", hidden_states, (("T", None), ("H", None)), FLOAT_DTYPES)
     dtype, device, hidden_size = (hidden_states.dtype,), hidden_states.device, hidden_states.shape[1]
     halves = 2 if is_gated(activation) else 1
     width = "2I" if halves == 2 else "I"
-    check_tensor("gate_up_proj", gate_up_proj, (("E", None), (width, None), ("H", hidden_size)), dtype, device)
-    num_experts, columns, _ = gate_up_proj.shape
+    inner, outer = ("H", hidden_size), (width, None)
+    shape = (("E", None), *((inner, outer) if is_transposed else (outer, inner)))
+    check_tensor("gate_up_proj", gate_up_proj, shape, dtype, device)
+    num_experts, columns = gate_up_proj.shape[0], gate_up_proj.shape[2 if is_transposed else 1]
     check_integer("the first size of gate_up_proj", num_experts, 1)
     if columns % halves != 0:
-        raise ValueError(f"gate_up_proj wants two halves for activation {activation!r}, got {columns} rows an expert")
-    shape = (("E", num_experts), ("H", hidden_size), ("I", columns // halves))
+        raise ValueError(f"gate_up_proj wants two halves for activation {activation!r}, got {columns} "
+                         f"{'columns' if is_transposed else 'rows'} an expert")
+    inner, outer = ("I", columns // halves), ("H", hidden_size)
+    shape = (("E", num_experts), *((inner, outer) if is_transposed else (outer, inner)))
     check_tensor("down_proj", down_proj, shape, dtype, device)
     if gate_up_bias is not None:
         check_tensor("gate_up_bias", gate_up_bias, (("E", num_experts), (width, columns)), dtype, device)
@@ -124,20 +143,25 @@ def check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bia
         check_tensor("down_bias", down_bias, (("E", num_experts), ("H", hidden_size)), dtype, device)
 
 
-def experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, gate_up_bias, down_bias, activation):
+def experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, gate_up_bias, down_bias, activation,
+                is_transposed):
     """Whether `check_experts` and `check_topk` would pass, asked in 2 microseconds instead of 6.
 
     False may also mean an argument that is only unusual: then those two decide, and say what is wrong.
     """
     try:
-        (num_tokens, hidden_size), (num_experts, width, _) = hidden_states.shape, gate_up_proj.shape
+        (num_tokens, hidden_size), num_experts = hidden_states.shape, gate_up_proj.shape[0]
         dtype, device, ids_shape = hidden_states.dtype, hidden_states.device, topk_ids.shape
-        intermediate_size = down_proj.shape[2]
+        if is_transposed:
+            width, intermediate_size = gate_up_proj.shape[2], down_proj.shape[1]
+            shapes = (num_experts, hidden_size, width), (num_experts, intermediate_size, hidden_size)
+        else:
+            width, intermediate_size = gate_up_proj.shape[1], down_proj.shape[2]
+            shapes = (num_experts, width, hidden_size), (num_experts, hidden_size, intermediate_size)
         return (
             dtype in FLOAT_DTYPES and (hidden_states.is_cuda or hidden_states.is_cpu)
             and num_experts > 0 and width == (2 * intermediate_size if is_gated(activation) else intermediate_size)
-            and gate_up_proj.shape == (num_experts, width, hidden_size)
-            and down_proj.shape == (num_experts, hidden_size, intermediate_size)
+            and gate_up_proj.shape == shapes[0] and down_proj.shape == shapes[1]
             and ids_shape[0] == num_tokens and 0 < ids_shape[1] and num_tokens * ids_shape[1] <= MAX_ROWS
             and len(ids_shape) == 2 and topk_ids.dtype in INDEX_DTYPES and topk_weights.shape == ids_shape
             and topk_weights.dtype is torch.float32
@@ -152,12 +176,12 @@ def experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, 
         return False
 
 
-def check_grad_buffers(grad_buffers, gate_up_proj, down_proj):
+def check_grad_buffers(grad_buffers, gate_up_proj, down_proj, is_transposed=False):
     """A pair of buffers for the weight gradients, each None or fp32 (fp64 with fp64 weights) in its weight's shape."""
     if not isinstance(grad_buffers, (tuple, list)) or len(grad_buffers) != 2:
         got = f"{len(grad_buffers)} of them" if isinstance(grad_buffers, (tuple, list)) else type(grad_buffers).__name__
         raise TypeError(f"grad_buffers wants a pair (gate_up_grad, down_grad), got {got}")
-    letters = (("E", "2I", "H"), ("E", "H", "I"))
+    letters = (("E", "H", "2I"), ("E", "I", "H")) if is_transposed else (("E", "2I", "H"), ("E", "H", "I"))
     for i, (buffer, weight) in enumerate(zip(grad_buffers, (gate_up_proj, down_proj))):
         if buffer is None:
             continue

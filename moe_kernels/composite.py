@@ -2,7 +2,8 @@
 
 The implementation of the CPU, and on a GPU the one for the dtypes that the kernels do not store (fp32, fp64) and for an
 installation without the compiled module. Shapes: T tokens, H hidden size, I expert width, E experts, K experts a token,
-S = T*K rows, W columns of the pre-activation (2I gated, I ungated).
+S = T*K rows, W columns of the pre-activation (2I gated, I ungated). Weights with is_transposed lie as [E, H, W] and
+[E, I, H]; the pre-activation has the order of the weights' columns (is_concatenated: see activation.py).
 
     gate -> plan -> up_proj -> down_proj (grouped_mm) -> combine
 
@@ -214,11 +215,11 @@ def bias_grad(grad, topk_weights, expert_offsets, sorted_rows, top_k):
 
 
 def up_proj(hidden_states, gate_up_proj, gate_up_bias, expert_offsets, sorted_rows, top_k, activation, swiglu_limit,
-            keep_pre_activation):
+            swiglu_alpha, is_transposed, is_concatenated, keep_pre_activation):
     """Activated rows [S, I], and the pre-activation [S, W] ([0, W] unless kept)."""
     gathered = _gather(hidden_states, sorted_rows, top_k)
-    pre = _grouped_product(gathered, gate_up_proj, gate_up_bias, _ranges(expert_offsets), True)
-    rows = activate(pre, activation, swiglu_limit).to(hidden_states.dtype)
+    pre = _grouped_product(gathered, gate_up_proj, gate_up_bias, _ranges(expert_offsets), not is_transposed)
+    rows = activate(pre, activation, swiglu_limit, swiglu_alpha, is_concatenated).to(hidden_states.dtype)
     kept = pre.to(hidden_states.dtype) if keep_pre_activation else hidden_states.new_empty(0, pre.shape[1])
     return rows, kept
 
@@ -265,7 +266,7 @@ def combine_backward(grad_output, rows, topk_weights, sorted_rows, row_of_slot):
 
 
 def down_proj_backward(grad_output, topk_weights, down_proj, down_bias, pre_activation, expert_offsets, sorted_rows,
-                       row_of_slot, activation, swiglu_limit):
+                       row_of_slot, activation, swiglu_limit, swiglu_alpha, is_transposed, is_concatenated):
     """Backward of combine, down_proj and the activation in one: the activation is recomputed from pre_activation.
 
     With u = grad_output[t] @ down_proj[e] and a = act(pre) of a row of weight w:
@@ -275,27 +276,28 @@ def down_proj_backward(grad_output, topk_weights, down_proj, down_bias, pre_acti
     """
     dtype = accumulation_dtype(pre_activation.dtype)
     gathered, ranges = _gather(grad_output, sorted_rows, row_of_slot.shape[1]), _ranges(expert_offsets)
-    u = _grouped_product(gathered, down_proj, None, ranges, False)
-    pre = pre_activation.to(dtype)
-    rows, weight = activate(pre, activation, swiglu_limit), _gather_weights(topk_weights, sorted_rows).to(dtype)
+    u = _grouped_product(gathered, down_proj, None, ranges, is_transposed)
+    pre, weight = pre_activation.to(dtype), _gather_weights(topk_weights, sorted_rows).to(dtype)
+    options = (activation, swiglu_limit, swiglu_alpha, is_concatenated)
+    rows = activate(pre, *options)
     grad_weight = (rows * u).sum(dim=-1)
     if down_bias is not None:
         for expert, first, last in ranges:
             grad_weight[first:last] += torch.mv(gathered[first:last].to(dtype), down_bias[expert].to(dtype))
-    grad_pre = activate_backward(u * weight.unsqueeze(-1), pre, activation, swiglu_limit)
+    grad_pre = activate_backward(u * weight.unsqueeze(-1), pre, *options)
     weighted_rows = rows * weight.unsqueeze(-1)
     grad_topk_weights = _to_slots(grad_weight, row_of_slot).to(topk_weights.dtype)
     return grad_pre.to(pre_activation.dtype), weighted_rows.to(pre_activation.dtype), grad_topk_weights
 
 
 def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, gate_up_bias, down_bias, activation,
-                  swiglu_limit, keep_pre_activation):
+                  swiglu_limit, swiglu_alpha, is_transposed, is_concatenated, keep_pre_activation):
     """plan, up_proj, down_proj and combine: output [T, H], the kept pre-activation, and the plan."""
     top_k = topk_ids.shape[1]
     offsets, sorted_rows, row_of_slot = plan(topk_ids, gate_up_proj.shape[0])
     rows, pre = up_proj(hidden_states, gate_up_proj, gate_up_bias, offsets, sorted_rows, top_k, activation,
-                        swiglu_limit, keep_pre_activation)
-    output = combine(grouped_mm(rows, down_proj, down_bias, offsets, True), topk_weights, row_of_slot)
+                        swiglu_limit, swiglu_alpha, is_transposed, is_concatenated, keep_pre_activation)
+    output = combine(grouped_mm(rows, down_proj, down_bias, offsets, not is_transposed), topk_weights, row_of_slot)
     return output, pre, offsets, sorted_rows, row_of_slot
 
 
@@ -315,29 +317,32 @@ def fused_experts_backward(*args):
 
 def fused_experts_backward_accumulate(gate_up_grad, down_grad, grad_output, hidden_states, gate_up_proj, down_proj,
                                       topk_weights, gate_up_bias, down_bias, pre_activation, expert_offsets,
-                                      sorted_rows, row_of_slot, activation, swiglu_limit, needs):
+                                      sorted_rows, row_of_slot, activation, swiglu_limit, swiglu_alpha,
+                                      is_transposed, is_concatenated, needs):
     """`fused_experts_backward` that adds a weight's gradient to its buffer, where there is one, and returns [0] for it.
 
-    gate_up_grad: [E, W, H], down_grad: [E, H, I] in the accumulation dtype, or None.
+    gate_up_grad, down_grad: in their weights' shapes and the accumulation dtype, or None.
     """
     top_k = row_of_slot.shape[1]
     grad_pre, weighted_rows, grad_topk_weights = down_proj_backward(
         grad_output, topk_weights, down_proj, down_bias, pre_activation, expert_offsets, sorted_rows, row_of_slot,
-        activation, swiglu_limit)
+        activation, swiglu_limit, swiglu_alpha, is_transposed, is_concatenated)
 
     def grad_hidden_states():
-        return combine(grouped_mm(grad_pre, gate_up_proj, None, expert_offsets, False), None, row_of_slot)
+        return combine(grouped_mm(grad_pre, gate_up_proj, None, expert_offsets, is_transposed), None, row_of_slot)
 
-    def grad_weight(buffer, *factors):
+    def grad_weight(buffer, grad, grad_slots, a, a_slots):
+        factors = (a, grad, expert_offsets, a_slots, grad_slots) if is_transposed else (
+            grad, a, expert_offsets, grad_slots, a_slots)
         if buffer is None:
-            return weight_grad(*factors)
-        weight_grad_accumulate(buffer, *factors)
+            return weight_grad(*factors, top_k)
+        weight_grad_accumulate(buffer, *factors, top_k)
         return hidden_states.new_empty(0)
 
     results = (
         grad_hidden_states,
-        lambda: grad_weight(gate_up_grad, grad_pre, hidden_states, expert_offsets, None, sorted_rows, top_k),
-        lambda: grad_weight(down_grad, grad_output, weighted_rows, expert_offsets, sorted_rows, None, top_k),
+        lambda: grad_weight(gate_up_grad, grad_pre, None, hidden_states, sorted_rows),
+        lambda: grad_weight(down_grad, grad_output, sorted_rows, weighted_rows, None),
         lambda: grad_topk_weights,
         lambda: bias_grad(grad_pre, None, expert_offsets, None, top_k),
         lambda: bias_grad(grad_output, topk_weights, expert_offsets, sorted_rows, top_k),

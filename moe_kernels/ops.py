@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import autograd, checks, schemas
+from .activation import SWIGLU_OAI_ALPHA
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 MAX_GATE_EXPERTS, MAX_GATE_TOP_K = 1024, 32  # of the gate kernel, which keeps a token's scores in registers
@@ -182,22 +183,26 @@ def make_plan(topk_ids, num_experts):
 
 
 def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation="swiglu",
-                           swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None):
+                           swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None, swiglu_alpha=None,
+                           is_transposed=False, is_concatenated=True):
     """`fused_experts` that also returns the `Plan`, whose expert_offsets tell each expert's load."""
-    checks.check_activation(activation, swiglu_limit)
+    checks.check_activation(activation, swiglu_limit, swiglu_alpha)
+    checks.check_layout(activation, is_transposed, is_concatenated)
     hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
         hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)
     if torch.compiler.is_compiling() or not checks.experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights,
-                                                               topk_ids, gate_up_bias, down_bias, activation):
-        checks.check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
+                                                               topk_ids, gate_up_bias, down_bias, activation,
+                                                               is_transposed):
+        checks.check_experts(hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, is_transposed)
         checks.check_topk(topk_weights, topk_ids, hidden_states.shape[0], hidden_states.dtype, hidden_states.device)
     if grad_buffers is not None:
-        checks.check_grad_buffers(grad_buffers, gate_up_proj, down_proj)
+        checks.check_grad_buffers(grad_buffers, gate_up_proj, down_proj, is_transposed)
     kernels = uses_kernels(hidden_states)
     if kernels:
         checks.check_integer("the first size of gate_up_proj", gate_up_proj.shape[0], 1, MAX_PLAN_EXPERTS)
         checks.check_multiple_of_8("H, the last size of hidden_states,", hidden_states.shape[1])
-        checks.check_multiple_of_8("I, the last size of down_proj,", down_proj.shape[2])
+        checks.check_multiple_of_8(f"I, the {'middle' if is_transposed else 'last'} size of down_proj,",
+                                   down_proj.shape[1 if is_transposed else 2])
     # the pre-activation is stored for a backward alone
     keep = torch.is_grad_enabled() and (
         hidden_states.requires_grad or gate_up_proj.requires_grad or down_proj.requires_grad
@@ -208,12 +213,15 @@ def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights,
         hidden_states.contiguous(), gate_up_proj.contiguous(), down_proj.contiguous(), topk_weights.contiguous(),
         _int32_ids(topk_ids), None if gate_up_bias is None else gate_up_bias.contiguous(),
         None if down_bias is None else down_bias.contiguous(), activation,
-        None if swiglu_limit is None else float(swiglu_limit), keep), grad_buffers)
+        None if swiglu_limit is None else float(swiglu_limit),
+        SWIGLU_OAI_ALPHA if swiglu_alpha is None else float(swiglu_alpha), bool(is_transposed), bool(is_concatenated),
+        keep), grad_buffers)
     return output, Plan(*plan)
 
 
 def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation="swiglu",
-                  swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None):
+                  swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None, swiglu_alpha=None,
+                  is_transposed=False, is_concatenated=True):
     """The experts of a mixture-of-experts layer: each token's K experts, and their weighted sum.
 
     out[t] = sum_k topk_weights[t, k] * (act(hidden_states[t] @ gate_up_proj[e].T + gate_up_bias[e]) @ down_proj[e].T
@@ -222,23 +230,30 @@ def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids
 
     Args:
         hidden_states: [T, H] bf16, fp16, fp32 or fp64; the weights and biases have the same dtype.
-        gate_up_proj: [E, 2I, H], the gate half first; [E, I, H] for an ungated activation.
-        down_proj: [E, H, I]. The kernels want H and I to be multiples of 8.
+        gate_up_proj: [E, 2I, H], the gate half first; [E, I, H] for an ungated activation; [E, H, 2I] with
+            is_transposed.
+        down_proj: [E, H, I]; [E, I, H] with is_transposed. The kernels want H and I to be multiples of 8.
         topk_weights: [T, K] fp32 (fp64 is taken with fp64), scaled already.
         topk_ids: [T, K] int32 or int64; an id outside [0, E) contributes nothing, whatever its weight.
-        activation: gated "swiglu", "geglu", "geglu_tanh", "reglu"; ungated "silu", "gelu", "relu", "relu2".
-        swiglu_limit: L clamps the gate above at L and up to [-L, L], with swiglu alone; None does not clamp.
-        gate_up_bias: [E, 2I] or None. down_bias: [E, H] or None.
-        grad_buffers: None, or (gate_up_grad [E, 2I, H], down_grad [E, H, I]), contiguous and fp32 (fp64 with fp64
+        activation: gated "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai" (gpt-oss: gate * sigmoid(swiglu_alpha
+            * gate) * (up + 1)); ungated "silu", "gelu", "relu", "relu2".
+        swiglu_limit: L clamps the gate above at L and up to [-L, L], with swiglu and swiglu_oai alone; None does not clamp.
+        gate_up_bias: [E, 2I], in the order of the weights' columns, or None. down_bias: [E, H] or None.
+        grad_buffers: None, or (gate_up_grad, down_grad) in the weights' shapes, contiguous and fp32 (fp64 with fp64
             weights), either of them None: the backward adds that weight's gradient to its buffer, in fp32 and not
             rounded before, and gives the weight itself none. For gradients accumulated over several backward calls
             without another pass over them. No second derivative.
+        swiglu_alpha: of swiglu_oai alone; None is 1.702.
+        is_transposed: the weights are [E, H, 2I] and [E, I, H], used as they lie; swiglu and swiglu_oai alone.
+        is_concatenated: False: gate and up take turns, gate_up_proj[..., 0::2] and [..., 1::2]; with is_transposed
+            alone. Both names are those of transformers' experts interface.
     Returns: [T, H] in the dtype of hidden_states (autocast's under autocast); deterministic.
     Raises: ValueError, TypeError on an argument that is not as above.
     Source: DeepSeek-V3 report, section 2.1.2; what is stored for the backward: SonicMoE, arXiv 2512.14080.
     """
     return fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation,
-                                  swiglu_limit, gate_up_bias, down_bias, grad_buffers)[0]
+                                  swiglu_limit, gate_up_bias, down_bias, grad_buffers, swiglu_alpha, is_transposed,
+                                  is_concatenated)[0]
 
 
 def _check_plan(plan, device):

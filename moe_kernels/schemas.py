@@ -5,6 +5,7 @@ module `moe_kernels._C`, where it was built). `torch.ops.moe_kernels_composite.X
 device. The schemas stand here, in Python, so that the same operators exist with and without the compiled module.
 
 T tokens, H hidden size, I expert width, E experts, K experts a token, S = T*K rows, W pre-activation columns.
+Weights are [E, W, H] and [E, H, I], or [E, H, W] and [E, I, H] with is_transposed.
 """
 
 import functools
@@ -18,15 +19,15 @@ from .activation import pre_activation_width
 KERNELS = "moe_kernels"
 COMPOSITE = "moe_kernels_composite"
 
+_OPTIONS = "str activation, float? swiglu_limit, float swiglu_alpha, bool is_transposed, bool is_concatenated"
 _FUSED_EXPERTS = ("Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, Tensor topk_ids,"
-                  " Tensor? gate_up_bias, Tensor? down_bias, str activation, float? swiglu_limit,"
-                  " bool keep_pre_activation")
+                  f" Tensor? gate_up_bias, Tensor? down_bias, {_OPTIONS}, bool keep_pre_activation")
 _FUSED_EXPERTS_RESULTS = ("Tensor output, Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows,"
                           " Tensor row_of_slot")
 _FUSED_EXPERTS_BACKWARD = ("Tensor grad_output, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj,"
                            " Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, Tensor pre_activation,"
-                           " Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot, str activation,"
-                           " float? swiglu_limit, bool[6] needs")
+                           f" Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot, {_OPTIONS},"
+                           " bool[6] needs")
 _GRADIENTS = ("Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_topk_weights,"
               " Tensor grad_gate_up_bias, Tensor grad_down_bias")
 
@@ -39,7 +40,7 @@ SCHEMAS = {
     "plan": "(Tensor topk_ids, int num_experts) -> (Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot)",
     "count_loads": "(Tensor(a!) tokens_per_expert, Tensor expert_offsets) -> ()",
     "up_proj": "(Tensor hidden_states, Tensor gate_up_proj, Tensor? gate_up_bias, Tensor expert_offsets,"
-               " Tensor sorted_rows, int top_k, str activation, float? swiglu_limit, bool keep_pre_activation)"
+               f" Tensor sorted_rows, int top_k, {_OPTIONS}, bool keep_pre_activation)"
                " -> (Tensor rows, Tensor pre_activation)",
     "grouped_mm": "(Tensor a, Tensor b, Tensor? bias, Tensor expert_offsets, bool transpose_b) -> Tensor",
     "weight_grad": "(Tensor grad, Tensor a, Tensor expert_offsets, Tensor? grad_sorted_rows, Tensor? a_sorted_rows,"
@@ -54,7 +55,7 @@ SCHEMAS = {
     "permute": "(Tensor hidden_states, Tensor sorted_rows, Tensor row_of_slot) -> Tensor",
     "down_proj_backward": "(Tensor grad_output, Tensor topk_weights, Tensor down_proj, Tensor? down_bias,"
                           " Tensor pre_activation, Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot,"
-                          " str activation, float? swiglu_limit)"
+                          f" {_OPTIONS})"
                           " -> (Tensor grad_pre_activation, Tensor weighted_rows, Tensor grad_topk_weights)",
     "fused_experts": f"({_FUSED_EXPERTS}) -> ({_FUSED_EXPERTS_RESULTS})",
     "fused_experts_accumulate": f"({_FUSED_EXPERTS}, Tensor? gate_up_grad, Tensor? down_grad)"
@@ -81,8 +82,8 @@ def _fake_plan(topk_ids, num_experts):
 
 
 def _fake_up_proj(hidden_states, gate_up_proj, gate_up_bias, expert_offsets, sorted_rows, top_k, activation,
-                  swiglu_limit, keep_pre_activation):
-    width, num_rows = gate_up_proj.shape[1], sorted_rows.shape[0]
+                  swiglu_limit, swiglu_alpha, is_transposed, is_concatenated, keep_pre_activation):
+    width, num_rows = gate_up_proj.shape[2 if is_transposed else 1], sorted_rows.shape[0]
     intermediate_size = width // pre_activation_width(1, activation)
     return (hidden_states.new_empty(num_rows, intermediate_size),
             hidden_states.new_empty(num_rows if keep_pre_activation else 0, width))
@@ -101,23 +102,24 @@ def _fake_bias_grad(grad, topk_weights, expert_offsets, sorted_rows, top_k):
 
 
 def _fake_down_proj_backward(grad_output, topk_weights, down_proj, down_bias, pre_activation, *rest):
-    num_rows = pre_activation.shape[0]
-    return (torch.empty_like(pre_activation), pre_activation.new_empty(num_rows, down_proj.shape[2]),
+    num_rows, is_transposed = pre_activation.shape[0], rest[-2]
+    return (torch.empty_like(pre_activation),
+            pre_activation.new_empty(num_rows, down_proj.shape[1 if is_transposed else 2]),
             torch.empty_like(topk_weights))
 
 
 def _fake_fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, gate_up_bias, down_bias,
-                        activation, swiglu_limit, keep_pre_activation):
+                        activation, swiglu_limit, swiglu_alpha, is_transposed, is_concatenated, keep_pre_activation):
     plan = _fake_plan(topk_ids, gate_up_proj.shape[0])
-    kept_rows = plan[1].shape[0] if keep_pre_activation else 0
-    return torch.empty_like(hidden_states), hidden_states.new_empty(kept_rows, gate_up_proj.shape[1]), *plan
+    kept_rows, width = plan[1].shape[0] if keep_pre_activation else 0, gate_up_proj.shape[2 if is_transposed else 1]
+    return torch.empty_like(hidden_states), hidden_states.new_empty(kept_rows, width), *plan
 
 
 def _fake_fused_experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias,
-                                 down_bias, *rest):
+                                 down_bias, pre_activation, *rest):
     needs, num_experts = rest[-1], gate_up_proj.shape[0]
     shapes = (hidden_states.shape, gate_up_proj.shape, down_proj.shape, topk_weights.shape,
-              (num_experts, gate_up_proj.shape[1]), (num_experts, down_proj.shape[1]))
+              (num_experts, pre_activation.shape[1]), (num_experts, hidden_states.shape[1]))
     like = (hidden_states, gate_up_proj, down_proj, topk_weights, hidden_states, hidden_states)
     return tuple(x.new_empty(shape if need else (0,)) for x, shape, need in zip(like, shapes, needs))
 

@@ -60,12 +60,18 @@ def backends(dtypes):
 
 BACKENDS = backends((torch.float32, torch.bfloat16))
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-ACTIVATION_OPTIONS = [(name, None) for name in ACTIVATIONS] + [("swiglu", "limit")]
+LAYOUTS = {"rows": (False, True), "transposed": (True, True), "interleaved": (True, False)}  # of the weights
+ACTIVATION_OPTIONS = [(name, None) for name in ACTIVATIONS] + [("swiglu", "limit"), ("swiglu_oai", "limit")]
 
 
 def backend_id(value):
     """cpu, bfloat16, swiglu: short parts of a test's name."""
     return str(value).removeprefix("torch.")
+
+
+def operator_options(activation, limit=None, alpha=1.702, layout="rows"):
+    """The activation and the layout as the operators take them."""
+    return (activation, limit, alpha, *LAYOUTS[layout])
 
 
 def swiglu_limit(option, dtype):
@@ -182,3 +188,24 @@ class Inputs:
     def require_grad(self):
         """Makes leaves of all six floating inputs and returns them in the order of FLOATS."""
         return [getattr(self, name).requires_grad_() for name in self.FLOATS]
+
+    def to_layout(self, layout):
+        """The same experts in a layout of LAYOUTS."""
+        self.gate_up_proj, self.down_proj, self.gate_up_bias = in_layout(
+            layout, self.gate_up_proj, self.down_proj, self.gate_up_bias)
+        return self
+
+
+def in_layout(layout, gate_up_proj, down_proj, gate_up_bias):
+    """The three tensors, laid out as rows, in a layout of LAYOUTS."""
+    if layout == "rows":
+        return gate_up_proj, down_proj, gate_up_bias
+    gate_up_proj, down_proj = gate_up_proj.transpose(1, 2).contiguous(), down_proj.transpose(1, 2).contiguous()
+    if layout == "interleaved":
+        gate_up_proj, gate_up_bias = interleaved(gate_up_proj), interleaved(gate_up_bias)
+    return gate_up_proj, down_proj, gate_up_bias
+
+
+def interleaved(x):
+    """The last dimension's halves, column by column in turn."""
+    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)

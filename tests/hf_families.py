@@ -22,7 +22,7 @@ V4_LAYERS = dict(mlp_layer_types=["hash_moe", "moe"], swiglu_limit=1.0)  # a lim
 # model type: (settings beside COMMON, route of its experts)
 FAMILIES = {
     "afmoe": (dict(num_dense_layers=1), "fused"),
-    "aria_text": ({}, "unfused"),
+    "aria_text": ({}, "fused"),
     "axk1": (MLA, "fused"),
     "bailing_hybrid": (GROUPS, "fused"),
     "beam": (dict(mlp_layer_types=["dense", "sparse"], n_group=4, topk_group=2), "fused"),
@@ -39,7 +39,7 @@ FAMILIES = {
     "glm4_moe": (GROUPS, "fused"),
     "glm4_moe_lite": (MLA, "fused"),
     "glm_moe_dsa": (MLA, "fused"),
-    "gpt_oss": ({}, "unfused"),
+    "gpt_oss": (dict(swiglu_limit=0.9), "fused"),
     "granitemoe": ({}, "fused"),
     "granitemoeshared": ({}, "fused"),
     "hunyuan_v1_moe": ({}, "fused"),
@@ -58,7 +58,7 @@ FAMILIES = {
     "muse_spark_text": ({}, "unfused"),
     "nemotron_h": (dict(mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=16), "fused"),
     "olmoe": ({}, "fused"),
-    "openai_privacy_filter": ({}, "unfused"),
+    "openai_privacy_filter": (dict(swiglu_limit=1.0), "fused"),
     "phimoe": ({}, "fused"),
     "qwen2_moe": (dict(shared_expert_intermediate_size=24), "fused"),
     "qwen3_moe": ({}, "fused"),

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
+GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 
 
 def to64(x):
@@ -72,11 +72,13 @@ def plan(topk_ids, num_experts):
 # experts -------------------------------------------------------------------------------------------------------------
 
 
-def activation(pre, name, limit=None):
+def activation(pre, name, limit=None, alpha=1.702):
     """Rows of I from rows of 2I (gated, the gate half first) or I."""
     gate, up = (pre[..., : pre.shape[-1] // 2], pre[..., pre.shape[-1] // 2 :]) if name in GATED else (pre, 1.0)
     if limit is not None:
         gate, up = torch.minimum(gate, torch.tensor(limit, dtype=gate.dtype)), up.clamp(-limit, limit)
+    if name == "swiglu_oai":
+        return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
     if name in ("swiglu", "silu"):
         return gate / (1 + torch.exp(-gate)) * up
     if name in ("geglu", "gelu"):

@@ -4,7 +4,7 @@ import oracle
 import pytest
 import torch
 from cases import (ACTIVATION_OPTIONS, BACKENDS, CASES, SMALL, Inputs, assert_close, assert_same_bits, backend_id,
-                   case_id, swiglu_limit)
+                   case_id, operator_options, swiglu_limit)
 
 
 def random_pre_activation(inputs, plan):
@@ -18,7 +18,7 @@ def random_pre_activation(inputs, plan):
 def run(inputs, plan, pre, limit, bias):
     return inputs.ops.down_proj_backward(
         inputs.grad_output, inputs.topk_weights, inputs.down_proj, inputs.down_bias if bias else None, pre, *plan,
-        inputs.activation, limit)
+        *operator_options(inputs.activation, limit))
 
 
 def reference(inputs, pre, limit, bias):

@@ -3,16 +3,21 @@
 import oracle
 import pytest
 import torch
-from cases import (ACTIVATION_OPTIONS, BACKENDS, CASES, DEVICES, SMALL, Inputs, assert_close, backend_id, case_id,
-                   swiglu_limit)
+from cases import (ACTIVATION_OPTIONS, BACKENDS, CASES, DEVICES, LAYOUTS, SMALL, Inputs, assert_close, backend_id,
+                   case_id, in_layout, swiglu_limit)
 
 import moe_kernels as mk
 
 
-def forward(inputs, limit=None, bias=True):
+def forward(inputs, limit=None, bias=True, layout="rows"):
+    """The weights are brought into the layout first, so that their gradients are those of [E, 2I, H] and [E, H, I]."""
+    gate_up_proj, down_proj, gate_up_bias = in_layout(layout, inputs.gate_up_proj, inputs.down_proj,
+                                                      inputs.gate_up_bias)
+    is_transposed, is_concatenated = LAYOUTS[layout]
     return mk.fused_experts(
-        inputs.hidden_states, inputs.gate_up_proj, inputs.down_proj, inputs.topk_weights, inputs.topk_ids,
-        inputs.activation, limit, inputs.gate_up_bias if bias else None, inputs.down_bias if bias else None)
+        inputs.hidden_states, gate_up_proj, down_proj, inputs.topk_weights, inputs.topk_ids, inputs.activation, limit,
+        gate_up_bias if bias else None, inputs.down_bias if bias else None, is_transposed=is_transposed,
+        is_concatenated=is_concatenated)
 
 
 def reference(inputs, limit=None, bias=True):
@@ -27,13 +32,13 @@ def reference(inputs, limit=None, bias=True):
     return out, [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads)]
 
 
-def check_all(inputs, run_twice, limit=None, bias=True):
+def check_all(inputs, run_twice, limit=None, bias=True, layout="rows"):
     """Output and gradients, run twice each on poisoned memory."""
     leaves = inputs.require_grad()
     leaves = leaves if bias else leaves[:4]
 
     def run():
-        out = forward(inputs, limit, bias)
+        out = forward(inputs, limit, bias, layout)
         return (out, *torch.autograd.grad(out, leaves, inputs.grad_output))
 
     out, *grads = run_twice(run)
@@ -48,9 +53,19 @@ def check_all(inputs, run_twice, limit=None, bias=True):
 
 @pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_case(case, bias, device, dtype, run_twice):
-    check_all(Inputs(case, device, dtype), run_twice, bias=bias)
+def test_case(case, layout, bias, device, dtype, run_twice):
+    check_all(Inputs(case, device, dtype), run_twice, bias=bias, layout=layout)
+
+
+@pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)
+@pytest.mark.parametrize("option", [None, "limit"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", SMALL, ids=case_id)
+def test_swiglu_oai(case, layout, option, device, dtype, run_twice):
+    inputs = Inputs(case, device, dtype, "swiglu_oai")
+    check_all(inputs, run_twice, swiglu_limit(option, dtype), layout=layout)
 
 
 @pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)
@@ -85,11 +100,12 @@ def test_one_gradient_alone_is_the_same(wanted, device, dtype):
 
 
 @pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)
-def test_sentinels_read_nothing(device, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sentinels_read_nothing(layout, device, dtype):
     inputs = Inputs(next(case for case in CASES if case.name == "sentinels"), device, dtype)
     inputs.hidden_states[0] = float("nan")  # token 0 has sentinels only
     leaves = inputs.require_grad()
-    out = forward(inputs)
+    out = forward(inputs, layout=layout)
     grads = torch.autograd.grad(out, leaves, inputs.grad_output)
     assert (out[0] == 0).all() and out.isfinite().all()
     assert (grads[0][0] == 0).all() and all(grad.isfinite().all() for grad in grads)
@@ -98,12 +114,13 @@ def test_sentinels_read_nothing(device, dtype):
 
 
 @pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)
-def test_idle_expert_is_not_read_and_has_a_zero_gradient(device, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_idle_expert_is_not_read_and_has_a_zero_gradient(layout, device, dtype):
     inputs = Inputs(next(case for case in CASES if case.routing == "idle"), device, dtype)
     for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
         getattr(inputs, name)[3] = float("nan")
     leaves = inputs.require_grad()
-    out = forward(inputs)
+    out = forward(inputs, layout=layout)
     grads = torch.autograd.grad(out, leaves, inputs.grad_output)
     assert out.isfinite().all()
     for grad in (grads[1], grads[2], grads[4], grads[5]):
@@ -111,30 +128,34 @@ def test_idle_expert_is_not_read_and_has_a_zero_gradient(device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("activation, option", ACTIVATION_OPTIONS)
-def test_gradcheck(activation, option, device):
+@pytest.mark.parametrize("activation, option, layout", [(*options, "rows") for options in ACTIVATION_OPTIONS] + [
+    (activation, "limit", layout) for activation in ("swiglu", "swiglu_oai") for layout in ("transposed", "interleaved")])
+def test_gradcheck(activation, option, layout, device):
     """Numerical derivatives in fp64; relu's kink and a clamp's are hit with probability zero."""
     from cases import Case
 
-    inputs = Inputs(Case("gradcheck", 4, 3, 2, 3, 2), device, torch.float64, activation)
+    inputs = Inputs(Case("gradcheck", 4, 3, 2, 3, 2), device, torch.float64, activation).to_layout(layout)
+    is_transposed, is_concatenated = LAYOUTS[layout]
     limit = 0.8 if option else None
     inputs.topk_ids[1, 0], inputs.topk_weights[1, 0] = -1, 0.0
     leaves = inputs.require_grad()
 
     def function(hidden, gate_up, down, weights, gate_up_bias, down_bias):
         return mk.fused_experts(hidden, gate_up, down, weights, inputs.topk_ids, activation, limit, gate_up_bias,
-                                down_bias)
+                                down_bias, swiglu_alpha=1.2 if activation == "swiglu_oai" else None,
+                                is_transposed=is_transposed, is_concatenated=is_concatenated)
 
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("hidden_size, intermediate_size", [(5, 3), (12, 7), (1, 1)])
-def test_sizes_that_are_no_multiple_of_8(hidden_size, intermediate_size, run_twice):
+def test_sizes_that_are_no_multiple_of_8(hidden_size, intermediate_size, layout, run_twice):
     from cases import Case
 
     case = Case("odd", 20, 4, 3, hidden_size, intermediate_size)
     for device in DEVICES:
-        check_all(Inputs(case, device, torch.float32), run_twice)
+        check_all(Inputs(case, device, torch.float32), run_twice, layout=layout)
 
 
 def test_saved_for_backward_is_the_least():

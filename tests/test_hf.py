@@ -54,7 +54,7 @@ def experts_class(body=(), **layout):
                 self.down_proj_bias = parameter(4, 32)
             if layout.get("has_post_expert_norm"):
                 self.post_expert_norm = torch.nn.RMSNorm(32, eps=1e-6)
-            self.act_fn, self.limit = ACT2FN[config.hidden_act], config.limit
+            self.act_fn, self.limit, self.alpha = ACT2FN[config.hidden_act], config.limit, 1.3
 
         def forward(self, hidden_states, top_k_index, top_k_weights):
             output = torch.zeros_like(hidden_states)
@@ -128,6 +128,37 @@ def interleaved(self, gate_up):
     return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
 
 
+def oai(self, gate_up):  # of openai_privacy_filter
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(min=None, max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    glu = gate * torch.sigmoid(gate * self.alpha)
+    gated_output = (up + 1) * glu
+    return gated_output
+
+
+def oai_interleaved(self, gate_up):  # of gpt_oss
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    gate = gate.clamp(min=None, max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    glu = gate * torch.sigmoid(gate * self.alpha)
+    gated_output = (up + 1) * glu
+    return gated_output
+
+
+def oai_swapped(self, gate_up):
+    up, gate = gate_up[..., ::2], gate_up[..., 1::2]
+    gate = gate.clamp(min=None, max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    glu = gate * torch.sigmoid(gate * self.alpha)
+    gated_output = (up + 1) * glu
+    return gated_output
+
+
+OAI = {"activation": "swiglu_oai", "swiglu_limit": 0.5, "swiglu_alpha": 1.3}
+GPT_OSS = {"is_concatenated": False, "is_transposed": True, "has_bias": True}
+
+
 LAYOUTS = {
     "plain": ({}, "fused", {"activation": "swiglu"}),
     "bias": ({"has_bias": True}, "fused", {"activation": "swiglu"}),
@@ -147,12 +178,23 @@ LAYOUTS = {
     "ungated relu": ({"has_gate": False, "hidden_act": "relu", "has_bias": True}, "fused", {"activation": "relu"}),
     "ungated relu2": ({"has_gate": False, "hidden_act": "relu2"}, "fused", {"activation": "relu2"}),
     "ungated tanh": ({"has_gate": False, "hidden_act": "tanh"}, "unfused", "activation Tanh"),
-    "transposed": ({"is_transposed": True, "has_bias": True}, "unfused", "transposed weights"),
+    "transposed": ({"is_transposed": True, "has_bias": True}, "fused", {"activation": "swiglu", "is_transposed": True}),
+    "transposed clamp": ({"body": {"_apply_gate": clamped}, "is_transposed": True}, "fused",
+                         {"activation": "swiglu", "swiglu_limit": 0.5, "is_transposed": True}),
+    "transposed gelu": ({"hidden_act": "gelu", "is_transposed": True}, "unfused", "transposed weights with geglu"),
+    "oai": ({"body": {"_apply_gate": oai}}, "fused", OAI),
+    "oai transposed": ({"body": {"_apply_gate": oai}, "is_transposed": True}, "fused", {**OAI, "is_transposed": True}),
+    "oai interleaved": ({"body": {"_apply_gate": oai_interleaved}, **GPT_OSS}, "fused",
+                        {**OAI, "is_transposed": True, "is_concatenated": False}),
+    "oai interleaved rows": ({"body": {"_apply_gate": oai_interleaved}, "is_concatenated": False}, "unfused",
+                             "interleaved gate and up in rows"),
+    "oai swapped": ({"body": {"_apply_gate": oai_swapped}, **GPT_OSS}, "unfused", "an _apply_gate of its own"),
+    "oai in the wrong layout": ({"body": {"_apply_gate": oai_interleaved}}, "unfused", "an _apply_gate of its own"),
     "interleaved": ({"is_concatenated": False, "body": {"_apply_gate": interleaved}}, "unfused",
-                    "interleaved gate and up, an _apply_gate of its own"),
+                    "an _apply_gate of its own, interleaved gate and up in rows"),
     "norm": ({"has_post_expert_norm": True}, "unfused", "a norm after each expert"),
     "ungated transposed": ({"has_gate": False, "is_transposed": True, "has_bias": True}, "unfused",
-                           "transposed weights"),
+                           "transposed weights with silu"),
 }
 
 
@@ -201,9 +243,13 @@ def test_a_limit_that_changes_is_read_at_each_call():
     assert_same(experts, routed())
     experts.limit = -1.0  # clamps to something else than a limit above 0 does
     assert mk.hf.plan_of(experts) == ("unfused", "a limit of -1.0 on swiglu")
+    experts = make_experts({"_apply_gate": oai})
+    experts.alpha = torch.tensor(1.3)
+    assert mk.hf.plan_of(experts) == ("unfused", "an alpha of 1.2999999523162842 on swiglu_oai")
 
 
-@pytest.mark.parametrize("layout", [{}, {"is_transposed": True, "has_bias": True}, {"has_post_expert_norm": True}])
+@pytest.mark.parametrize("layout", [{}, {"is_transposed": True, "has_bias": True}, {"has_post_expert_norm": True},
+                                    {"body": {"_apply_gate": oai_interleaved}, **GPT_OSS}])
 def test_sentinels_contribute_nothing(layout):
     """The id E of expert parallelism, with a weight that is not 0: nothing comes out, and no gradient goes in."""
     experts = make_experts(**layout)
@@ -251,7 +297,8 @@ def test_autocast(layout):
     assert 1e-4 < errors[1] < 1.5 * errors[0]  # it did run in bf16
 
 
-@pytest.mark.parametrize("layout", [{}, {"is_transposed": True, "has_bias": True}])
+@pytest.mark.parametrize("layout", [{}, {"is_transposed": True, "has_bias": True},
+                                    {"body": {"_apply_gate": oai_interleaved}, **GPT_OSS}])
 def test_compiles_without_a_break(layout):
     experts = make_experts(**layout)
     experts.config._experts_implementation = "moe_kernels"
@@ -306,7 +353,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("device, dtype", DEVICES, ids=lambda x: str(x).removeprefix("torch."))
-@pytest.mark.parametrize("name", ["plain", "ungated relu2", "transposed", "interleaved", "norm"])
+@pytest.mark.parametrize("name", ["plain", "ungated relu2", "transposed", "oai interleaved", "interleaved", "norm"])
 def test_weights_are_not_copied(name, device, dtype):
     experts = make_experts(**LAYOUTS[name][0]).to(device, dtype)
     experts.config._experts_implementation = "moe_kernels"

@@ -108,7 +108,7 @@ def test_report_names_what_was_left():
     report = mk.replace_moe_layers(tiny.build("deepseek_v4"))
     assert str(report).splitlines() == [
         "replaced 1 x model.layers.*.mlp.gate: DeepseekV4HashRouter, moe_kernels.gate",
-        "replaced 2 x model.layers.*.mlp.experts: DeepseekV4Experts, fused (swiglu, 1.0)",
+        "replaced 2 x model.layers.*.mlp.experts: DeepseekV4Experts, fused (swiglu, limit 1)",
         "replaced 1 x model.layers.*.mlp.gate: DeepseekV4TopKRouter, moe_kernels.gate",
         "left 2 x model.layers.*.mlp.shared_experts: DeepseekV4MLP, dense"]
     assert str(mk.hf.Report([], [])) == "no MoE layers"

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from cases import CASES, DEVICES, HALVES, SMALL, Case, Inputs, assert_same_bits, backend_id, case_id
+from cases import (CASES, DEVICES, HALVES, SMALL, Case, Inputs, assert_same_bits, backend_id, case_id,
+                   operator_options)
 
 import moe_kernels as mk
 from moe_kernels import ops, schemas
@@ -32,7 +33,9 @@ def operator_arguments(case, device, dtype):
     rows = torch.randn(num_rows, case.intermediate_size, device=device).to(dtype)
     wide = torch.randn(num_rows, case.hidden_size, device=device).to(dtype)
     pre = torch.randn(num_rows, width, device=device).to(dtype)
-    activation = ("swiglu", 1.5)
+    activation = operator_options("swiglu", 1.5)
+    other = operator_options("swiglu_oai", 1.5, 1.2, "interleaved")
+    y = Inputs(case, device, dtype).to_layout("interleaved")
     whole = (x.hidden_states, x.gate_up_proj, x.down_proj, x.topk_weights)
     needs = [True, False, True, True, False, True]
     plain = {
@@ -42,7 +45,9 @@ def operator_arguments(case, device, dtype):
         "plan": [(x.topk_ids, case.num_experts)],
         "count_loads": [(torch.ones(case.num_experts, dtype=torch.int64, device=device), offsets)],
         "up_proj": [(x.hidden_states, x.gate_up_proj, x.gate_up_bias, offsets, sorted_rows, top_k, *activation, True),
-                    (x.hidden_states, x.gate_up_proj, None, offsets, sorted_rows, top_k, "relu2", None, False)],
+                    (x.hidden_states, x.gate_up_proj, None, offsets, sorted_rows, top_k, *operator_options("relu2"),
+                     False),
+                    (x.hidden_states, y.gate_up_proj, y.gate_up_bias, offsets, sorted_rows, top_k, *other, True)],
         "grouped_mm": [(rows, x.down_proj, x.down_bias, offsets, True), (wide, x.down_proj, None, offsets, False)],
         "weight_grad": [(wide, rows, offsets, None, None, top_k),
                         (x.grad_output, rows, offsets, sorted_rows, None, top_k)],
@@ -53,11 +58,16 @@ def operator_arguments(case, device, dtype):
         "combine": [(wide, x.topk_weights, row_of_slot), (wide, None, row_of_slot)],
         "combine_backward": [(x.grad_output, wide, x.topk_weights, sorted_rows, row_of_slot)],
         "permute": [(x.hidden_states, sorted_rows, row_of_slot)],
-        "down_proj_backward": [(x.grad_output, x.topk_weights, x.down_proj, x.down_bias, pre, *plan, *activation)],
+        "down_proj_backward": [(x.grad_output, x.topk_weights, x.down_proj, x.down_bias, pre, *plan, *activation),
+                               (x.grad_output, x.topk_weights, y.down_proj, x.down_bias, pre, *plan, *other)],
         "fused_experts": [(*whole, x.topk_ids, x.gate_up_bias, x.down_bias, *activation, True),
-                          (*whole, x.topk_ids, None, None, "swiglu", None, False)],
+                          (*whole, x.topk_ids, None, None, *operator_options("swiglu"), False),
+                          (x.hidden_states, y.gate_up_proj, y.down_proj, x.topk_weights, x.topk_ids, y.gate_up_bias,
+                           x.down_bias, *other, True)],
         "fused_experts_backward": [(x.grad_output, *whole, x.gate_up_bias, x.down_bias, pre, *plan, *activation,
-                                    needs)],
+                                    needs),
+                                   (x.grad_output, x.hidden_states, y.gate_up_proj, y.down_proj, x.topk_weights,
+                                    y.gate_up_bias, x.down_bias, pre, *plan, *other, [True] * 6)],
     }
     buffers = [torch.ones(weight.shape, device=device) for weight in (x.gate_up_proj, x.down_proj)]
     plain["fused_experts_accumulate"] = [(*plain["fused_experts"][0], *buffers)]
@@ -233,6 +243,7 @@ def test_build_info_says_what_is_there():
 # errors --------------------------------------------------------------------------------------------------------------
 
 X = Inputs(Case("errors", 6, 4, 2, 16, 8))
+Y = Inputs(Case("transposed", 6, 4, 2, 16, 12)).to_layout("transposed")
 PLAN = X.plan()
 LOGITS = torch.randn(6, 4)
 ERRORS = {
@@ -260,6 +271,19 @@ ERRORS = {
     "activation": (lambda: call(X, activation="swish"), ValueError, "activation wants one of swiglu, .*'swish'"),
     "limit_of_geglu": (lambda: call(X, activation="geglu", swiglu_limit=7.0), ValueError, "swiglu_limit.*'geglu'"),
     "limit_negative": (lambda: call(X, swiglu_limit=-1.0), ValueError, "swiglu_limit.*above 0, got -1.0"),
+    "alpha_of_swiglu": (lambda: call(X, swiglu_alpha=1.0), ValueError, "swiglu_alpha wants .*'swiglu_oai', .*'swiglu'"),
+    "alpha_negative": (lambda: call(X, activation="swiglu_oai", swiglu_alpha=-1.0), ValueError,
+                       "swiglu_alpha wants a number above 0, got -1.0"),
+    "transposed_geglu": (lambda: call(X, activation="geglu", is_transposed=True), ValueError,
+                         "is_transposed wants activation 'swiglu' or 'swiglu_oai', got 'geglu'"),
+    "interleaved_rows": (lambda: call(X, is_concatenated=False), ValueError,
+                         "is_concatenated wants True where is_transposed is False"),
+    "transposed_gate_up_proj": (lambda: call(Y, is_transposed=True, gate_up_proj=Y.gate_up_proj.mT), ValueError,
+                                r"gate_up_proj wants shape \[E, H=16, 2I\], got \[4, 24, 16\]"),
+    "transposed_down_proj": (lambda: call(Y, is_transposed=True, down_proj=Y.down_proj.mT), ValueError,
+                             r"down_proj wants shape \[E=4, I=12, H=16\], got \[4, 16, 12\]"),
+    "transposed_odd": (lambda: call(Y, is_transposed=True, gate_up_proj=Y.gate_up_proj[..., :23]), ValueError,
+                       "two halves.*23 columns"),
     "limit_no_number": (lambda: call(X, swiglu_limit="7"), TypeError, "swiglu_limit wants a number, got str"),
     "logits_shape": (lambda: mk.gate(LOGITS[0], 2), ValueError, r"router_logits wants shape \[T, E\], got \[4\]"),
     "logits_dtype": (lambda: mk.gate(LOGITS.long(), 2), TypeError, "router_logits.*int64"),
@@ -310,6 +334,6 @@ def test_tensors_of_two_devices(device):
 def test_gradient_without_the_kept_pre_activation_says_so():
     hidden = X.hidden_states.clone().requires_grad_()
     out = torch.ops.moe_kernels.fused_experts(hidden, X.gate_up_proj, X.down_proj, X.topk_weights, X.topk_ids, None,
-                                              None, "swiglu", None, False)[0]
+                                              None, *operator_options("swiglu"), False)[0]
     with pytest.raises(RuntimeError, match="keep_pre_activation=True"):
         out.sum().backward()

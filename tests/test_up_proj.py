@@ -3,7 +3,8 @@
 import oracle
 import pytest
 import torch
-from cases import (ACTIVATION_OPTIONS, BACKENDS, CASES, SMALL, Inputs, assert_close, backend_id, case_id, swiglu_limit)
+from cases import (ACTIVATION_OPTIONS, BACKENDS, CASES, SMALL, Inputs, assert_close, backend_id, case_id, interleaved,
+                   operator_options, swiglu_limit)
 
 from moe_kernels.activation import activate, activate_backward
 
@@ -12,7 +13,7 @@ def run(inputs, limit=None, bias=True, keep=True):
     plan = inputs.plan()
     return plan, inputs.ops.up_proj(
         inputs.hidden_states, inputs.gate_up_proj, inputs.gate_up_bias if bias else None, plan.expert_offsets,
-        plan.sorted_rows, inputs.case.top_k, inputs.activation, limit, keep)
+        plan.sorted_rows, inputs.case.top_k, *operator_options(inputs.activation, limit), keep)
 
 
 def reference(inputs, limit=None, bias=True):
@@ -79,3 +80,15 @@ def test_derivative_of_the_activation(activation, option):
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     (expected,) = torch.autograd.grad(out, pre, grad)
     torch.testing.assert_close(activate_backward(grad, pre.detach(), activation, limit), expected)
+
+
+@pytest.mark.parametrize("activation, alpha", [("swiglu", 1.702), ("swiglu_oai", 1.702), ("swiglu_oai", 0.6)])
+def test_interleaved_activation_and_its_derivative(activation, alpha):
+    generator = torch.Generator().manual_seed(0)
+    pre, grad = (torch.randn(40, width, generator=generator, dtype=torch.float64) for width in (24, 12))
+    pre.mul_(3).requires_grad_()
+    out = oracle.activation(pre, activation, 1.25, alpha)
+    (expected,) = torch.autograd.grad(out, pre, grad)
+    options = (activation, 1.25, alpha, False)
+    torch.testing.assert_close(activate(interleaved(pre), *options), out)
+    torch.testing.assert_close(activate_backward(grad, interleaved(pre.detach()), *options), interleaved(expected))

@@ -3,7 +3,8 @@
 An experts module of transformers says how its weights lie (has_gate, has_bias, is_transposed, is_concatenated,
 has_post_expert_norm) and holds its activation as `act_fn` and `_apply_gate`. `plan_of` decides how it is served:
 
-    fused      one call of `fused_experts`: weights [E, 2I, H] and [E, H, I], and an activation that the kernels know
+    fused      one call of `fused_experts`: an activation that the kernels know, and weights [E, 2I, H] and [E, H, I],
+               or with silu [E, H, 2I] and [E, I, H], gate and up concatenated or interleaved
     unfused    make_plan -> permute -> grouped_mm -> the module's own activation -> grouped_mm -> unpermute
 
 An activation is known by its code, never by its name alone: a module's `_apply_gate` must have the bytecode of one of
@@ -13,12 +14,14 @@ the forms below. Weights are used as they lie in either case, without a copy.
 import dis
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..activation import CLAMPED
 
 NAME = "moe_kernels"
 MINIMUM = "5.7"  # of transformers: the first whose models take backends that were registered
@@ -60,9 +63,36 @@ def _clamped_silu(self, gate_up):
     return F.silu(gate) * up
 
 
-# form: (whether it calls act_fn, the attribute that holds its limit)
-FORMS = {_plain: (True, None), _widened: (True, None), _clamped: (True, "limit"),
-         _clamped_silu: (False, "swiglu_limit")}
+def _oai(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(min=None, max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    glu = gate * torch.sigmoid(gate * self.alpha)
+    gated_output = (up + 1) * glu
+    return gated_output
+
+
+def _oai_interleaved(self, gate_up):
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    gate = gate.clamp(min=None, max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    glu = gate * torch.sigmoid(gate * self.alpha)
+    gated_output = (up + 1) * glu
+    return gated_output
+
+
+class Form(NamedTuple):
+    """activation: None where it is act_fn's; limit, alpha: the attributes that hold them, or None."""
+
+    activation: str | None = None
+    limit: str | None = None
+    alpha: str | None = None
+    is_concatenated: bool = True
+
+
+FORMS = {_plain: Form(), _widened: Form(), _clamped: Form(limit="limit"),
+         _clamped_silu: Form("swiglu", "swiglu_limit"), _oai: Form("swiglu_oai", "limit", "alpha"),
+         _oai_interleaved: Form("swiglu_oai", "limit", "alpha", is_concatenated=False)}
 
 
 def _instructions(function):
@@ -134,24 +164,25 @@ def _called(act_fn):
 
 
 def _activation_of(module):
-    """({"activation", "swiglu_limit"} as `fused_experts` takes them, None), or (None, why it is not known)."""
+    """({"activation", "swiglu_limit", "swiglu_alpha"} as `fused_experts` takes them, None), or (None, why not)."""
     if not module.has_gate:
         name = _UNGATED.get(_scalar_name(module.act_fn))
         return ({"activation": name}, None) if name else (None, f"activation {_called(module.act_fn)}")
     form = None if "_apply_gate" in module.__dict__ else _form_of(type(module))
-    if form is None:
+    if form is None or form.is_concatenated != module.is_concatenated:
         return None, "an _apply_gate of its own"
-    calls_act_fn, limit_name = form
-    scalar = _scalar_name(module.act_fn) if calls_act_fn else "silu"
-    name = _GATED.get(scalar)
+    name = form.activation or _GATED.get(_scalar_name(module.act_fn))
     if name is None:
         return None, f"activation {_called(module.act_fn)}"
-    if limit_name is None:
-        return {"activation": name}, None
-    limit = getattr(module, limit_name)
-    if name != "swiglu" or not isinstance(limit, (int, float)) or not limit > 0:
-        return None, f"a limit of {limit} on {name}"
-    return {"activation": name, "swiglu_limit": float(limit)}, None
+    options = {"activation": name}
+    for option, attribute in (("limit", form.limit), ("alpha", form.alpha)):
+        if attribute is None:
+            continue
+        value = getattr(module, attribute)
+        if name not in CLAMPED or not isinstance(value, (int, float)) or not value > 0:
+            return None, f"{'a limit' if option == 'limit' else 'an alpha'} of {value} on {name}"
+        options[f"swiglu_{option}"] = float(value)
+    return options, None
 
 
 def plan_of(module):
@@ -159,17 +190,28 @@ def plan_of(module):
 
     Returns: ("fused", the options of `fused_experts` for it) or ("unfused", the reasons in words).
     """
-    reasons = []
-    if module.is_transposed:
-        reasons.append("transposed weights")
-    if module.has_gate and not module.is_concatenated:
-        reasons.append("interleaved gate and up")
     options, unknown = _activation_of(module)
-    if unknown:
-        reasons.append(unknown)
+    reasons = [unknown] if unknown else []
+    if module.is_transposed:
+        if not unknown and options["activation"] not in CLAMPED:
+            reasons.append(f"transposed weights with {options['activation']}")
+        options = {**(options or {}), "is_transposed": True}
+    if module.has_gate and not module.is_concatenated:
+        if not module.is_transposed:
+            reasons.append("interleaved gate and up in rows")
+        options = {**(options or {}), "is_concatenated": False}
     if _norm_follows(module):
         reasons.append("a norm after each expert")
     return ("unfused", ", ".join(reasons)) if reasons else ("fused", options)
+
+
+def describe(options):
+    """The options of `plan_of` in words: "swiglu_oai, limit 7, alpha 1.702, transposed, interleaved"."""
+    words = [options["activation"]]
+    words += [f"{name} {options[f'swiglu_{name}']:g}" for name in ("limit", "alpha") if f"swiglu_{name}" in options]
+    words += ["transposed"] * options.get("is_transposed", False)
+    words += ["interleaved"] * (not options.get("is_concatenated", True))
+    return ", ".join(words)
 
 
 # ---------------------------------------------------------------------------------------------------- the forward

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backend import experts_interface, plan_of
+from .backend import describe, experts_interface, plan_of
 from .replace import FAMILIES
 
 _DECORATOR = "@use_experts_implementation"
@@ -67,11 +67,6 @@ def _built(experts_class, family):
     return None
 
 
-def _options(options):
-    limit = options.get("swiglu_limit")
-    return options["activation"] + ("" if limit is None else f", limit {limit:g}")
-
-
 def _rows_of(path):
     source, family = path.read_text(encoding="utf-8"), path.parent.name
     decorated = re.findall(rf"^{_DECORATOR}.*\nclass (\w+)", source, re.MULTILINE)
@@ -86,7 +81,7 @@ def _rows_of(path):
             rows.append(Row(family, name, "not served", "not built from its default configuration", False))
             continue
         route, detail = plan_of(experts)
-        detail = _options(detail) if route == "fused" else detail
+        detail = describe(detail) if route == "fused" else detail
         rows.append(Row(family, name, route, detail, family in FAMILIES))
     return rows
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import checks, ops
-from .backend import NAME, experts_forward, experts_interface, is_experts, plan_of
+from .backend import NAME, describe, experts_forward, experts_interface, is_experts, plan_of
 
 # ------------------------------------------------------------------------------------------------------ the routers
 
@@ -258,7 +258,7 @@ def _replace_child(name, child, report, differences):
     how = "moe_kernels.gate"
     if kind is None:
         route, detail = plan_of(child)
-        how = f"{route} ({', '.join(map(str, detail.values())) if route == 'fused' else detail})"
+        how = f"{route} ({describe(detail) if route == 'fused' else detail})"
     child.__class__ = _our_class(type(child))
     report.replaced.append((name, f"{label}, {how}"))
 
