@@ -237,7 +237,7 @@ def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids
         topk_ids: [T, K] int32 or int64; an id outside [0, E) contributes nothing, whatever its weight.
         activation: gated "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai" (gpt-oss: gate * sigmoid(swiglu_alpha
             * gate) * (up + 1)); ungated "silu", "gelu", "relu", "relu2".
-        swiglu_limit: L clamps the gate above at L and up to [-L, L], with swiglu and swiglu_oai alone; None does not clamp.
+        swiglu_limit: L clamps the gate above at L and up to [-L, L], with swiglu and swiglu_oai alone; None: no clamp.
         gate_up_bias: [E, 2I], in the order of the weights' columns, or None. down_bias: [E, H] or None.
         grad_buffers: None, or (gate_up_grad, down_grad) in the weights' shapes, contiguous and fp32 (fp64 with fp64
             weights), either of them None: the backward adds that weight's gradient to its buffer, in fp32 and not

@@ -74,6 +74,11 @@ def operator_options(activation, limit=None, alpha=1.702, layout="rows"):
     return (activation, limit, alpha, *LAYOUTS[layout])
 
 
+def layout_options(layout):
+    """The layout as fused_experts takes it."""
+    return dict(zip(("is_transposed", "is_concatenated"), LAYOUTS[layout]))
+
+
 def swiglu_limit(option, dtype):
     """A limit half-way between two values of dtype, so that rounding a pre-activation does not move it across."""
     return None if option is None else 1 + torch.finfo(dtype).eps / 2

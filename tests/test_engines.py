@@ -6,11 +6,12 @@ capability 9.0 alone, and there every product runs in both.
 
 import pytest
 import torch
-from cases import CASES, HALVES, SMALL, Case, Inputs, assert_same_bits, backend_id, case_id
+from cases import (CASES, HALVES, LAYOUTS, SMALL, Case, Inputs, assert_same_bits, backend_id, case_id, interleaved,
+                   layout_options, operator_options)
 from conftest import poison
 
 import moe_kernels as mk
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import ACTIVATIONS, CLAMPED
 
 HOPPER = torch.cuda.get_device_capability() == (9, 0)
 ENGINES = ["sm80", "sm90"] if HOPPER else ["sm80"]
@@ -23,21 +24,22 @@ LARGE = [Case("row_tiles", 700, 6, 3, 200, 136), Case("many_blocks", 1000, 70, 4
          Case("sentinels_among_many", 900, 6, 6, 136, 264, "sentinels")]
 
 
-def products(x, activation="swiglu", limit=None):
+def products(x, activation="swiglu", limit=None, layout="rows"):
     """Every product of the forward and the backward flow, with and without biases and gathers."""
-    ops, k = torch.ops.moe_kernels, x.case.top_k
+    ops, k, is_rows = torch.ops.moe_kernels, x.case.top_k, layout == "rows"
+    options = operator_options(activation, limit, layout=layout)
     offsets, sorted_rows, row_of_slot = ops.plan(x.topk_ids, x.case.num_experts)
-    rows, pre = ops.up_proj(x.hidden_states, x.gate_up_proj, x.gate_up_bias, offsets, sorted_rows, k, activation, limit,
-                            True)
-    plain, _ = ops.up_proj(x.hidden_states, x.gate_up_proj, None, offsets, sorted_rows, k, activation, limit, False)
-    down = ops.grouped_mm(rows, x.down_proj, x.down_bias, offsets, True)
+    rows, pre = ops.up_proj(x.hidden_states, x.gate_up_proj, x.gate_up_bias, offsets, sorted_rows, k, *options, True)
+    plain, _ = ops.up_proj(x.hidden_states, x.gate_up_proj, None, offsets, sorted_rows, k, *options, False)
+    down = ops.grouped_mm(rows, x.down_proj, x.down_bias, offsets, is_rows)
     grad_pre, weighted, grad_weights = ops.down_proj_backward(
-        x.grad_output, x.topk_weights, x.down_proj, x.down_bias, pre, offsets, sorted_rows, row_of_slot, activation,
-        limit)
-    grad_rows = ops.grouped_mm(grad_pre, x.gate_up_proj, None, offsets, False)
+        x.grad_output, x.topk_weights, x.down_proj, x.down_bias, pre, offsets, sorted_rows, row_of_slot, *options)
+    grad_rows = ops.grouped_mm(grad_pre, x.gate_up_proj, None, offsets, not is_rows)
     results = [rows, pre, plain, down, grad_pre, weighted, grad_weights, grad_rows]
     for grad, a, *gathers in ((grad_pre, x.hidden_states, None, sorted_rows), (x.grad_output, weighted, sorted_rows, None),
                               (grad_pre, rows, None, None), (x.grad_output, x.hidden_states, sorted_rows, sorted_rows)):
+        if not is_rows:
+            grad, a, gathers = a, grad, gathers[::-1]
         results.append(ops.weight_grad(grad, a, offsets, *gathers, k))
         buffer = torch.ones_like(results[-1], dtype=torch.float32)
         ops.weight_grad_accumulate(buffer, grad, a, offsets, *gathers, k)
@@ -60,11 +62,39 @@ def test_engines_give_the_same_bits(case, dtype, force, run_twice):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_engines_give_the_same_bits_with_every_activation(activation, force):
     x = Inputs(LARGE[0], "cuda", torch.bfloat16, activation)
-    limit = 0.7 if activation == "swiglu" else None
+    limit = 0.7 if activation in CLAMPED else None
     force("sm80")
     expected = products(x, activation, limit)
     force("sm90")
     assert_same_bits(expected, products(x, activation, limit))
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@pytest.mark.parametrize("layout", ["transposed", "interleaved"])
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=case_id)
+def test_engines_give_the_same_bits_in_every_layout(case, layout, activation, dtype, force, run_twice):
+    x = Inputs(case, "cuda", dtype).to_layout(layout)
+    force("sm80")
+    expected = products(x, activation, 0.7, layout)
+    force("sm80", "16x128")
+    assert_same_bits(expected, products(x, activation, 0.7, layout))
+    force("sm90")
+    assert_same_bits(expected, run_twice(lambda: products(x, activation, 0.7, layout)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@pytest.mark.parametrize("layout", ["transposed", "interleaved"])
+def test_a_layout_changes_no_bit(layout, activation, engine, force):
+    """Up to the gradient of the pre-activation: the products behind that sum over its columns, in their order."""
+    force(engine)
+    x = Inputs(LARGE[0], "cuda", torch.bfloat16)
+    expected = products(x, activation, 0.7)[:7]
+    if layout == "interleaved":
+        expected[1], expected[4] = interleaved(expected[1]), interleaved(expected[4])
+    assert_same_bits(expected, products(x.to_layout(layout), activation, 0.7, layout)[:7])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -105,40 +135,44 @@ def test_every_tile_gives_the_same_bits(case, dtype, force):
         assert_same_bits(expected, products(x))
 
 
-def outputs_and_gradients(x, tokens, topk_ids):
+def outputs_and_gradients(x, tokens, topk_ids, layout):
     """The layer's output, dX and the routing gradients of a batch of these tokens of x."""
     leaves = [x.hidden_states[tokens].clone().requires_grad_(), x.topk_weights[tokens].clone().requires_grad_()]
     out = mk.fused_experts(leaves[0], x.gate_up_proj, x.down_proj, leaves[1], topk_ids, gate_up_bias=x.gate_up_bias,
-                           down_bias=x.down_bias)
+                           down_bias=x.down_bias, **layout_options(layout))
     return [out.detach(), *torch.autograd.grad(out, leaves, x.grad_output[tokens])]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
-def test_a_token_does_not_depend_on_its_batch(engine, dtype, force):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_token_does_not_depend_on_its_batch(layout, engine, dtype, force):
     """Among 1 to 16384 tokens, in another order, beside other loads: the same bits of the output and of dX."""
-    x = Inputs(Case("batch", 16384, 16, 4, 264, 136), "cuda", dtype)
+    x = Inputs(Case("batch", 16384, 16, 4, 264, 136), "cuda", dtype).to_layout(layout)
     force(engine)
     everything = torch.arange(16384, device="cuda")
     ids = x.topk_ids
-    whole = outputs_and_gradients(x, everything, ids)
+    whole = outputs_and_gradients(x, everything, ids, layout)
     for count in (1, 2, 40, 129, 1000, 5000):
         tokens = torch.randperm(16384, generator=torch.Generator().manual_seed(count))[:count].cuda()
-        assert_same_bits([result[tokens] for result in whole], outputs_and_gradients(x, tokens, ids[tokens]))
+        assert_same_bits([result[tokens] for result in whole], outputs_and_gradients(x, tokens, ids[tokens],
+                                                                                        layout))
     loads = ids.clone()
     loads[8192:] = torch.arange(4, device="cuda", dtype=ids.dtype)  # half of the batch on the same experts
-    other = outputs_and_gradients(x, everything, loads)
+    other = outputs_and_gradients(x, everything, loads, layout)
     assert_same_bits([result[:8192] for result in whole], [result[:8192] for result in other])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens", [512, 8192])
-def test_inference_needs_the_rows_and_nothing_else(tokens):
+def test_inference_needs_the_rows_and_nothing_else(tokens, layout):
     """Peak memory beyond inputs and output: at most S * (I + H) elements and 5%."""
-    x = Inputs(Case("memory", tokens, 16, 8, 512, 256), "cuda", torch.bfloat16)
+    x = Inputs(Case("memory", tokens, 16, 8, 512, 256), "cuda", torch.bfloat16).to_layout(layout)
 
     def call():
         with torch.no_grad():
-            return mk.fused_experts(x.hidden_states, x.gate_up_proj, x.down_proj, x.topk_weights, x.topk_ids)
+            return mk.fused_experts(x.hidden_states, x.gate_up_proj, x.down_proj, x.topk_weights, x.topk_ids,
+                                    **layout_options(layout))
 
     call()
     torch.cuda.synchronize()

@@ -4,20 +4,19 @@ import oracle
 import pytest
 import torch
 from cases import (ACTIVATION_OPTIONS, BACKENDS, CASES, DEVICES, LAYOUTS, SMALL, Inputs, assert_close, backend_id,
-                   case_id, in_layout, swiglu_limit)
+                   case_id, in_layout, layout_options, swiglu_limit)
 
 import moe_kernels as mk
+from moe_kernels.activation import CLAMPED
 
 
 def forward(inputs, limit=None, bias=True, layout="rows"):
     """The weights are brought into the layout first, so that their gradients are those of [E, 2I, H] and [E, H, I]."""
     gate_up_proj, down_proj, gate_up_bias = in_layout(layout, inputs.gate_up_proj, inputs.down_proj,
                                                       inputs.gate_up_bias)
-    is_transposed, is_concatenated = LAYOUTS[layout]
     return mk.fused_experts(
         inputs.hidden_states, gate_up_proj, down_proj, inputs.topk_weights, inputs.topk_ids, inputs.activation, limit,
-        gate_up_bias if bias else None, inputs.down_bias if bias else None, is_transposed=is_transposed,
-        is_concatenated=is_concatenated)
+        gate_up_bias if bias else None, inputs.down_bias if bias else None, **layout_options(layout))
 
 
 def reference(inputs, limit=None, bias=True):
@@ -129,21 +128,19 @@ def test_idle_expert_is_not_read_and_has_a_zero_gradient(layout, device, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation, option, layout", [(*options, "rows") for options in ACTIVATION_OPTIONS] + [
-    (activation, "limit", layout) for activation in ("swiglu", "swiglu_oai") for layout in ("transposed", "interleaved")])
+    (activation, "limit", layout) for activation in CLAMPED for layout in ("transposed", "interleaved")])
 def test_gradcheck(activation, option, layout, device):
     """Numerical derivatives in fp64; relu's kink and a clamp's are hit with probability zero."""
     from cases import Case
 
     inputs = Inputs(Case("gradcheck", 4, 3, 2, 3, 2), device, torch.float64, activation).to_layout(layout)
-    is_transposed, is_concatenated = LAYOUTS[layout]
-    limit = 0.8 if option else None
+    limit, alpha = 0.8 if option else None, 1.2 if activation == "swiglu_oai" else None
     inputs.topk_ids[1, 0], inputs.topk_weights[1, 0] = -1, 0.0
     leaves = inputs.require_grad()
 
     def function(hidden, gate_up, down, weights, gate_up_bias, down_bias):
         return mk.fused_experts(hidden, gate_up, down, weights, inputs.topk_ids, activation, limit, gate_up_bias,
-                                down_bias, swiglu_alpha=1.2 if activation == "swiglu_oai" else None,
-                                is_transposed=is_transposed, is_concatenated=is_concatenated)
+                                down_bias, swiglu_alpha=alpha, **layout_options(layout))
 
     assert torch.autograd.gradcheck(function, leaves)
 

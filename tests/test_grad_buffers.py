@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import BACKENDS, CASES, DEVICES, SMALL, Inputs, assert_close, assert_same_bits, backend_id, case_id
+from cases import (BACKENDS, CASES, DEVICES, LAYOUTS, SMALL, Inputs, assert_close, assert_same_bits, backend_id,
+                   case_id, layout_options)
 from test_fused_experts import reference
 
 import moe_kernels as mk
@@ -15,10 +16,10 @@ def buffers_of(owner, value=0.0):
     return [torch.full_like(getattr(owner, name), value, dtype=torch.float32, requires_grad=False) for name in WEIGHTS]
 
 
-def forward(inputs, buffers):
+def forward(inputs, buffers, layout="rows"):
     return mk.fused_experts(inputs.hidden_states, inputs.gate_up_proj, inputs.down_proj, inputs.topk_weights,
                             inputs.topk_ids, gate_up_bias=inputs.gate_up_bias, down_bias=inputs.down_bias,
-                            grad_buffers=buffers)
+                            grad_buffers=buffers, **layout_options(layout))
 
 
 def others(leaves):
@@ -48,6 +49,17 @@ def test_buffers_hold_the_gradients_and_the_rest_is_unchanged(case, device, dtyp
         assert_close(buffer, ref, dtype, f"buffer of {name}")
         assert_close(buffer, grad, dtype, f"buffer of {name} beside its gradient")
         assert (buffer[(ref == 0).flatten(1).all(dim=1)] == 0).all()
+
+
+@pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_buffers_of_every_layout(layout, device, dtype):
+    inputs = Inputs(SMALL[2], device, dtype).to_layout(layout)
+    leaves, buffers = inputs.require_grad(), buffers_of(inputs, 1.0)
+    expected = torch.autograd.grad(forward(inputs, None, layout), leaves, inputs.grad_output)
+    forward(inputs, buffers, layout).backward(inputs.grad_output)
+    for name, buffer, grad in zip(WEIGHTS, buffers, expected[1:3]):
+        assert_close(buffer - 1, grad, dtype, f"buffer of {name}")
 
 
 @pytest.mark.parametrize("device, dtype", BACKENDS, ids=backend_id)

@@ -7,7 +7,7 @@ sanitizer does not slow.
 
 import pytest
 import torch
-from cases import HALVES, Case, Inputs, backend_id, case_id, relative_error, tolerance
+from cases import HALVES, Case, Inputs, backend_id, case_id, layout_options, relative_error, tolerance
 
 import moe_kernels as mk
 
@@ -19,11 +19,11 @@ ENGINES = [("sm80", tile) for tile in ("16x128", "64x128", "128x128", "128x256")
 CASES = [Case("sentinels", 75, 5, 2, 136, 72, "sentinels"), Case("row_tiles", 300, 2, 2, 72, 136)]
 
 
-def layer(x):
+def layer(x, layout="rows"):
     """fused_experts with biases: output and all gradients."""
     leaves = x.require_grad()
     out = mk.fused_experts(x.hidden_states, x.gate_up_proj, x.down_proj, x.topk_weights, x.topk_ids, x.activation, None,
-                           x.gate_up_bias, x.down_bias)
+                           x.gate_up_bias, x.down_bias, **layout_options(layout))
     return (out, *torch.autograd.grad(out, leaves, x.grad_output))
 
 
@@ -58,6 +58,15 @@ def rounded(case, dtype, activation):
 def test_layer(engine, tile, dtype, force):
     force(engine, tile)
     assert_like_the_cpu(layer, CASES[dtype == torch.float16], dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
+@pytest.mark.parametrize("layout", ["transposed", "interleaved"])
+@pytest.mark.parametrize("engine, tile", [ENGINES[0], *ENGINES[2:3], *ENGINES[4:]])
+def test_layer_with_transposed_weights(engine, tile, layout, dtype, force):
+    force(engine, tile)
+    assert_like_the_cpu(lambda x: layer(x.to_layout(layout), layout), CASES[dtype == torch.float16], dtype,
+                        "swiglu_oai")
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

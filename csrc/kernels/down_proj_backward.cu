@@ -5,6 +5,8 @@
 //   grad_output [T, H], down_proj [E, H, I], pre_activation [S, W]
 //     ->  grad_pre_activation [S, W], weighted_rows [S, I], partials [S, ceil(I / 32)]
 //
+// Transposed: down_proj [E, I, H]. Interleaved: gate and up take turns in the W columns.
+//
 // Source: SonicMoE (arXiv 2512.14080) keeps the same two tensors between forward and backward.
 #include "grouped_gemm/sm80/launch.cuh"
 #include "grouped_gemm/sm90/launch.cuh"
@@ -13,7 +15,7 @@ namespace moe {
 
 namespace {
 
-template <ActivationSet kSet, typename Element>
+template <ActivationSet kSet, bool kTransposed, bool kInterleaved, typename Element>
 void down_proj_backward_sm80(const DownProjBackwardParams& params, cudaStream_t stream) {
   const sm80::MGroupedOperands<Element> operands{static_cast<const Element*>(params.grad_output),
                                                  params.plan.sorted_rows,
@@ -24,28 +26,30 @@ void down_proj_backward_sm80(const DownProjBackwardParams& params, cudaStream_t 
                                                  static_cast<int>(params.num_rows),
                                                  params.intermediate_size,
                                                  params.hidden_size};
-  const ActivateBackwardEpilogue<Element, kSet> epilogue{params.topk_weights,
-                                                         params.plan.sorted_rows,
-                                                         static_cast<const Element*>(params.pre_activation),
-                                                         static_cast<Element*>(params.grad_pre_activation),
-                                                         static_cast<Element*>(params.weighted_rows),
-                                                         params.partials,
-                                                         params.intermediate_size,
-                                                         routing_grad_partials(params.intermediate_size),
-                                                         {params.activation, params.swiglu_limit}};
-  sm80::launch_m_grouped<false>(operands, epilogue, stream, "down_proj_backward");
+  const ActivateBackwardEpilogue<Element, kSet, kInterleaved> epilogue{
+      params.topk_weights,
+      params.plan.sorted_rows,
+      static_cast<const Element*>(params.pre_activation),
+      static_cast<Element*>(params.grad_pre_activation),
+      static_cast<Element*>(params.weighted_rows),
+      params.partials,
+      params.intermediate_size,
+      routing_grad_partials(params.intermediate_size),
+      {params.activation, params.swiglu_limit, params.swiglu_alpha}};
+  sm80::launch_m_grouped<kTransposed, !kTransposed>(operands, epilogue, stream, "down_proj_backward");
 }
 
-template <typename Config, ActivationSet kSet, typename Element>
+template <typename Config, ActivationSet kSet, bool kTransposed, bool kInterleaved, typename Element>
 void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t stream) {
   constexpr int kHalves = is_gated(kSet) ? 2 : 1;
   const int columns = params.intermediate_size;
   const Element* pre = static_cast<const Element*>(params.pre_activation);
   Element* grad_pre = static_cast<Element*>(params.grad_pre_activation);
-  sm90::ActivateBackwardEpilogue<Element, kSet, Config::kCols / 64> epilogue = {};
-  epilogue.gate = sm90::ragged_map(params.dtype, pre, columns, kHalves * columns);
-  epilogue.grad_gate = sm90::ragged_map(params.dtype, grad_pre, columns, kHalves * columns);
-  if (is_gated(kSet)) {
+  sm90::ActivateBackwardEpilogue<Element, kSet, Config::kCols / 64, kInterleaved> epilogue = {};
+  const int gate_columns = kInterleaved ? 2 * columns : columns;
+  epilogue.gate = sm90::ragged_map(params.dtype, pre, gate_columns, kHalves * columns);
+  epilogue.grad_gate = sm90::ragged_map(params.dtype, grad_pre, gate_columns, kHalves * columns);
+  if (is_gated(kSet) && !kInterleaved) {
     epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);
     epilogue.grad_up = sm90::ragged_map(params.dtype, grad_pre + columns, columns, kHalves * columns);
   }
@@ -57,21 +61,29 @@ void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t 
   epilogue.partials = params.partials;
   epilogue.columns = columns;
   epilogue.num_partials = routing_grad_partials(columns);
-  epilogue.activation = {params.activation, params.swiglu_limit};
+  epilogue.activation = {params.activation, params.swiglu_limit, params.swiglu_alpha};
   const sm90::Product product{
       params.dtype,     params.grad_output,         params.plan.sorted_rows, params.top_k,
       params.down_proj, params.plan.expert_offsets, params.num_experts,      static_cast<int>(params.num_rows),
       columns,          params.hidden_size};
-  sm90::launch_m_grouped<Config, true, false, Element>(product, epilogue, stream, "down_proj_backward");
+  sm90::launch_m_grouped<Config, kTransposed, Element>(product, epilogue, stream, "down_proj_backward");
 }
 
 template <ActivationSet kSet, typename Element>
 void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t stream) {
   if (params.hidden_size >= sm90::kWideFromDepth) {
-    down_proj_backward_sm90<sm90::Wide128x256, kSet, Element>(params, stream);
+    down_proj_backward_sm90<sm90::Wide128x256, kSet, false, false, Element>(params, stream);
   } else {
-    down_proj_backward_sm90<sm90::PingPong128x128, kSet, Element>(params, stream);
+    down_proj_backward_sm90<sm90::PingPong128x128, kSet, false, false, Element>(params, stream);
   }
+}
+
+// One tile: the hidden sizes of the models with transposed weights are below kWideFromDepth.
+template <bool kInterleaved, typename Element>
+void down_proj_backward_transposed(bool sm90, const DownProjBackwardParams& params, cudaStream_t stream) {
+  constexpr ActivationSet kSet = ActivationSet::kSwiGLUs;
+  if (sm90) down_proj_backward_sm90<sm90::PingPong128x128, kSet, true, kInterleaved, Element>(params, stream);
+  else down_proj_backward_sm80<kSet, true, kInterleaved, Element>(params, stream);
 }
 
 }  // namespace
@@ -81,11 +93,14 @@ void launch_down_proj_backward(const DownProjBackwardParams& params, cudaStream_
   const bool sm90 = padded_engine(params.num_rows, params.num_experts, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
-    if (params.activation > Activation::kReGLU) {
+    if (params.is_transposed) {
+      params.is_concatenated ? down_proj_backward_transposed<false, Element>(sm90, params, stream)
+                             : down_proj_backward_transposed<true, Element>(sm90, params, stream);
+    } else if (params.activation > Activation::kReGLU) {
       sm90 ? down_proj_backward_sm90<ActivationSet::kUngated, Element>(params, stream)
-           : down_proj_backward_sm80<ActivationSet::kUngated, Element>(params, stream);
+           : down_proj_backward_sm80<ActivationSet::kUngated, false, false, Element>(params, stream);
     } else if (!sm90) {
-      down_proj_backward_sm80<ActivationSet::kGated, Element>(params, stream);
+      down_proj_backward_sm80<ActivationSet::kGated, false, false, Element>(params, stream);
     } else if (params.activation == Activation::kSwiGLU) {
       down_proj_backward_sm90<ActivationSet::kSwiGLU, Element>(params, stream);
     } else {

@@ -16,7 +16,7 @@ enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 enum class ScoreFn { kSoftmax, kSigmoid, kSqrtSoftplus };
 
-enum class Activation { kSwiGLU, kGeGLU, kGeGLUTanh, kReGLU, kSiLU, kGELU, kReLU, kReLU2 };
+enum class Activation { kSwiGLU, kSwiGLUOai, kGeGLU, kGeGLUTanh, kReGLU, kSiLU, kGELU, kReLU, kReLU2 };
 
 // What `plan` makes of the routing.
 struct Plan {
@@ -133,9 +133,10 @@ struct RoutingGradParams {
 };
 
 // pre[r] = hidden_states[sorted_rows[r] / K] @ gate_up_proj[e].T (+ gate_up_bias[e]); rows[r] = act(pre[r]).
+// Transposed: @ gate_up_proj[e]; not concatenated: gate and up take turns in the W columns.
 struct UpProjParams {
   const void* hidden_states;  // [T, H] of dtype
-  const void* gate_up_proj;   // [E, W, H]; gated: the I gate rows first, then the I up rows
+  const void* gate_up_proj;   // [E, W, H]; gated: the I gate rows first, then the I up rows; [E, H, W] transposed
   const void* gate_up_bias;   // [E, W] or null
   Plan plan;                  // row_of_slot is not read
   void* rows;                 // [S, I]; rows without an expert become 0, here and in every output of S rows
@@ -148,6 +149,9 @@ struct UpProjParams {
   DType dtype;
   Activation activation;
   float swiglu_limit;  // infinity: none
+  float swiglu_alpha;  // of swiglu_oai
+  bool is_transposed;
+  bool is_concatenated;
 };
 
 // c[r] = a[r] @ b[e].T (+ bias[e]) or a[r] @ b[e]: the down projection, the input gradient of the up projection,
@@ -172,7 +176,7 @@ struct GroupedMmParams {
 struct DownProjBackwardParams {
   const void* grad_output;     // [T, H] of dtype
   const float* topk_weights;   // [T, K]
-  const void* down_proj;       // [E, H, I]
+  const void* down_proj;       // [E, H, I]; [E, I, H] transposed
   const void* pre_activation;  // [S, W]
   Plan plan;                   // row_of_slot is not read
   void* grad_pre_activation;   // [S, W]
@@ -186,6 +190,9 @@ struct DownProjBackwardParams {
   DType dtype;
   Activation activation;
   float swiglu_limit;
+  float swiglu_alpha;
+  bool is_transposed;
+  bool is_concatenated;
 };
 
 // Columns of I behind one partial sum of the routing-weight gradient. One number for every tile, so that no tile

@@ -144,6 +144,7 @@ inline ScoreFn score_fn_of(const std::string& name) {
 
 inline Activation activation_of(const std::string& name) {
   if (name == "swiglu") return Activation::kSwiGLU;
+  if (name == "swiglu_oai") return Activation::kSwiGLUOai;
   if (name == "geglu") return Activation::kGeGLU;
   if (name == "geglu_tanh") return Activation::kGeGLUTanh;
   if (name == "reglu") return Activation::kReGLU;
@@ -175,5 +176,11 @@ inline void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
 }
 
 inline bool is_gated(Activation activation) { return activation <= Activation::kReGLU; }
+
+// The layouts that there are kernels for.
+inline void check_layout(Activation activation, bool is_transposed, bool is_concatenated) {
+  check(!is_transposed || activation <= Activation::kSwiGLUOai, "is_transposed wants swiglu or swiglu_oai");
+  check(is_transposed || is_concatenated, "is_concatenated must be true where is_transposed is false");
+}
 
 }  // namespace moe

@@ -35,17 +35,20 @@ Tensor routing_grad(const Tensor& partials, const Tensor& grad_output, const Ten
 std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor topk_weights, Tensor down_proj,
                                                       OptionalTensor down_bias, Tensor pre_activation,
                                                       Tensor expert_offsets, Tensor sorted_rows, Tensor row_of_slot,
-                                                      std::string activation, std::optional<double> swiglu_limit) {
+                                                      std::string activation, std::optional<double> swiglu_limit,
+                                                      double swiglu_alpha, bool is_transposed, bool is_concatenated) {
   check_dim(topk_weights, "topk_weights", 2);
   check_dim(down_proj, "down_proj", 3);
   grad_output = aligned(grad_output), down_proj = aligned(down_proj), down_bias = aligned(down_bias);
   pre_activation = aligned(pre_activation);
   const ScalarType dtype = grad_output.scalar_type();
   const int64_t num_tokens = topk_weights.size(0), top_k = topk_weights.size(1), num_rows = num_tokens * top_k;
-  const int64_t num_experts = down_proj.size(0), hidden_size = down_proj.size(1), intermediate_size = down_proj.size(2);
+  const int64_t num_experts = down_proj.size(0), hidden_size = down_proj.size(is_transposed ? 2 : 1);
+  const int64_t intermediate_size = down_proj.size(is_transposed ? 1 : 2);
 
   DownProjBackwardParams params = {};
   params.activation = activation_of(activation);
+  check_layout(params.activation, is_transposed, is_concatenated);
   const int64_t width = (is_gated(params.activation) ? 2 : 1) * intermediate_size;
   params.intermediate_size = checked_width(intermediate_size, "intermediate_size");
   checked_width(width, "the width of pre_activation");
@@ -56,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor
 
   params.grad_output = checked_data(grad_output, "grad_output", dtype, {num_tokens, hidden_size});
   params.topk_weights = float_data(topk_weights, "topk_weights", {num_tokens, top_k});
-  params.down_proj = checked_data(down_proj, "down_proj", dtype, {num_experts, hidden_size, intermediate_size});
+  params.down_proj = checked_data(down_proj, "down_proj", dtype, {num_experts, down_proj.size(1), down_proj.size(2)});
   params.pre_activation = checked_data(pre_activation, "pre_activation", dtype, {num_rows, width});
   params.plan.expert_offsets = int_data(expert_offsets, "expert_offsets", {num_experts + 1});
   params.plan.sorted_rows = int_data(sorted_rows, "sorted_rows", {num_rows});
@@ -69,6 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor
   params.top_k = checked_int(top_k, "top_k");
   params.dtype = half_dtype_of(grad_output, "grad_output");
   params.swiglu_limit = limit_of(swiglu_limit);
+  params.swiglu_alpha = static_cast<float>(swiglu_alpha);
+  params.is_transposed = is_transposed;
+  params.is_concatenated = is_concatenated;
   const int32_t* row_of_slot_data = int_data(row_of_slot, "row_of_slot", {num_tokens, top_k});
   const Launch launch(grad_output);
   launch_down_proj_backward(params, launch.stream());

@@ -1,11 +1,12 @@
 // The activations and their derivatives, in fp32.
 //
 //   gated    a = f(gate) * up     f = silu (swiglu), gelu by erf (geglu) or tanh (geglu_tanh), relu (reglu)
+//            a = gate * sigmoid(alpha * gate) * (up + 1)     swiglu_oai
 //   ungated  a = f(x)             f = silu, gelu by erf, relu, relu squared
 //
-// swiglu with a limit L clamps first: gate = min(gate, L), up = clamp(up, -L, L); the derivative of a clamp is 1 inside
-// and at the limit, 0 outside. Without a limit L is infinity. Source: Shazeer, GLU Variants Improve Transformer (2020);
-// the limit: DeepSeek-V4.
+// swiglu and swiglu_oai with a limit L clamp first: gate = min(gate, L), up = clamp(up, -L, L); the derivative of a
+// clamp is 1 inside and at the limit, 0 outside. Without a limit L is infinity. Source: Shazeer, GLU Variants Improve
+// Transformer (2020); the limit: DeepSeek-V4; swiglu_oai: gpt-oss.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,7 +18,8 @@ namespace moe {
 
 struct ActivationParams {
   Activation kind;
-  float limit;  // of swiglu; infinity: none
+  float limit;  // of swiglu and swiglu_oai; infinity: none
+  float alpha;  // of swiglu_oai
 };
 
 struct ValueAndSlope {
@@ -28,6 +30,13 @@ __device__ __forceinline__ ValueAndSlope silu(float x) {
   const float sigmoid = reciprocal_approx(1.0f + __expf(-x));
   const float value = x * sigmoid;
   return {value, sigmoid + value * (1.0f - sigmoid)};
+}
+
+// x * sigmoid(alpha * x)
+__device__ __forceinline__ ValueAndSlope scaled_silu(float x, float alpha) {
+  const float sigmoid = reciprocal_approx(1.0f + __expf(-alpha * x));
+  const float value = x * sigmoid;
+  return {value, sigmoid + alpha * value * (1.0f - sigmoid)};
 }
 
 __device__ __forceinline__ ValueAndSlope gelu_erf(float x) {
@@ -61,14 +70,28 @@ __device__ __forceinline__ ValueAndSlope activate_one(float x) {
   if constexpr (kKind == Activation::kReLU2) return relu_squared(x);
 }
 
+// Of the gate of a gated activation.
+template <Activation kKind>
+__device__ __forceinline__ ValueAndSlope activate_gate(const ActivationParams& params, float gate) {
+  if constexpr (kKind == Activation::kSwiGLUOai) return scaled_silu(gate, params.alpha);
+  else return activate_one<kKind>(gate);
+}
+
+// What the gate's activation is multiplied by.
+template <Activation kKind>
+__device__ __forceinline__ float up_factor(float up) {
+  return kKind == Activation::kSwiGLUOai ? up + 1.0f : up;
+}
+
 // Comparisons let NaN through; fminf and fmaxf would hide it.
 __device__ __forceinline__ float clamp_above(float x, float limit) { return x > limit ? limit : x; }
 __device__ __forceinline__ float clamp_both(float x, float limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
-// Which activations a kernel is built for: swiglu alone (a quarter of the code), all gated ones, all ungated ones.
-enum class ActivationSet { kSwiGLU, kGated, kUngated };
+// Which activations a kernel is built for: swiglu alone (a quarter of the code), swiglu and swiglu_oai, all gated ones,
+// all ungated ones.
+enum class ActivationSet { kSwiGLU, kSwiGLUs, kGated, kUngated };
 
 constexpr bool is_gated(ActivationSet set) { return set != ActivationSet::kUngated; }
 
@@ -82,8 +105,13 @@ template <ActivationSet kSet, typename Body>
 __device__ __forceinline__ void dispatch_activation(Activation kind, Body&& body) {
   if constexpr (kSet == ActivationSet::kSwiGLU) {
     body(ActivationTag<Activation::kSwiGLU>{});
+  } else if constexpr (kSet == ActivationSet::kSwiGLUs) {
+    if (kind == Activation::kSwiGLUOai) body(ActivationTag<Activation::kSwiGLUOai>{});
+    else body(ActivationTag<Activation::kSwiGLU>{});
   } else if constexpr (kSet == ActivationSet::kGated) {
     switch (kind) {
+      case Activation::kSwiGLUOai:
+        return body(ActivationTag<Activation::kSwiGLUOai>{});
       case Activation::kGeGLU:
         return body(ActivationTag<Activation::kGeGLU>{});
       case Activation::kGeGLUTanh:
@@ -120,7 +148,7 @@ __device__ __forceinline__ void activate8(const ActivationParams& params, const 
       if constexpr (is_gated(kSet)) {
         const float g = clamp_above(gate[i], params.limit);
         const float u = clamp_both(up[i], params.limit);
-        activated[i] = activate_one<decltype(tag)::kind>(g).value * u;
+        activated[i] = activate_gate<decltype(tag)::kind>(params, g).value * up_factor<decltype(tag)::kind>(u);
       } else {
         activated[i] = activate_one<decltype(tag)::kind>(gate[i]).value;
       }
@@ -137,8 +165,8 @@ __device__ __forceinline__ void activate8_backward(const ActivationParams& param
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if constexpr (is_gated(kSet)) {
-        const float u = clamp_both(up[i], params.limit);
-        const ValueAndSlope f = activate_one<decltype(tag)::kind>(clamp_above(gate[i], params.limit));
+        const float u = up_factor<decltype(tag)::kind>(clamp_both(up[i], params.limit));
+        const ValueAndSlope f = activate_gate<decltype(tag)::kind>(params, clamp_above(gate[i], params.limit));
         activated[i] = f.value * u;
         by_gate[i] = gate[i] > params.limit ? 0.0f : f.slope * u;
         by_up[i] = (up[i] > params.limit || up[i] < -params.limit) ? 0.0f : f.value;

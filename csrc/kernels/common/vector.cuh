@@ -24,6 +24,21 @@ struct Pair<__half> {
 };
 
 template <typename Element>
+__device__ __forceinline__ float2 unpack2(uint32_t word) {
+  typename Pair<Element>::Type pair;
+  memcpy(&pair, &word, sizeof(pair));
+  return Pair<Element>::to_float(pair);
+}
+
+template <typename Element>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  const auto pair = Pair<Element>::from_float(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+
+template <typename Element>
 __device__ __forceinline__ void unpack8(const uint4& packed, float (&values)[8]) {
   using PairType = typename Pair<Element>::Type;
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};

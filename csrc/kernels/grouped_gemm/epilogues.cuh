@@ -1,8 +1,9 @@
 // What happens to a tile's fp32 outputs: eight neighbouring columns of one row at a time.
 //
-// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all) and is
-// called by all lanes of a warp at once with: the row, the first of the 8 columns, the expert (num_experts: none),
-// whether the place exists, and the 8 outputs (`second`: those of the up half of a gated tile).
+// Every epilogue has `kGated` (a tile has a gate and an up column for each output column: half gate, half up, or with
+// `kInterleaved` in turn), `columns` (output columns in all) and is called by all lanes of a warp at once with: the
+// row, the first of the 8 columns, the expert (num_experts: none), whether the place exists, and the 8 outputs
+// (`second`: those of the up half of a gated tile).
 #pragma once
 
 #include <cstdint>
@@ -28,10 +29,41 @@ __device__ __forceinline__ void add_bias8(const Element* bias, float (&values)[8
   for (int i = 0; i < 8; ++i) values[i] += added[i];
 }
 
+// 16 columns in turn are 8 columns of gate and 8 of up.
+__device__ __forceinline__ void deinterleave(const float (&low)[8], const float (&high)[8], float (&gate)[8],
+                                             float (&up)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    gate[i] = low[2 * i], up[i] = low[2 * i + 1];
+    gate[i + 4] = high[2 * i], up[i + 4] = high[2 * i + 1];
+  }
+}
+
+// Gate and up of 8 columns, from where those of the first column are when they take turns.
+template <typename Element>
+__device__ __forceinline__ void load8_interleaved(const Element* from, float (&gate)[8], float (&up)[8]) {
+  float low[8], high[8];
+  load8_readonly(from, low);
+  load8_readonly(from + 8, high);
+  deinterleave(low, high, gate, up);
+}
+
+template <typename Element>
+__device__ __forceinline__ void store8_interleaved(Element* to, const float (&gate)[8], const float (&up)[8]) {
+  float low[8], high[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    low[2 * i] = gate[i], low[2 * i + 1] = up[i];
+    high[2 * i] = gate[i + 4], high[2 * i + 1] = up[i + 4];
+  }
+  store8(to, low);
+  store8(to + 8, high);
+}
+
 // c[row] = outputs (+ bias[expert])
 template <typename Element>
 struct StoreEpilogue {
-  static constexpr bool kGated = false;
+  static constexpr bool kGated = false, kInterleaved = false;
   const Element* bias;  // [E, columns] or null
   Element* output;      // [S, columns]
   int columns;
@@ -47,7 +79,7 @@ struct StoreEpilogue {
 
 // output[row] += outputs
 struct AccumulateEpilogue {
-  static constexpr bool kGated = false;
+  static constexpr bool kGated = false, kInterleaved = false;
   float* output;  // [rows, columns]
   int columns;
 
@@ -62,9 +94,9 @@ struct AccumulateEpilogue {
 };
 
 // rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
-template <typename Element, ActivationSet kSet>
+template <typename Element, ActivationSet kSet, bool kInterleavedColumns = false>
 struct ActivateEpilogue {
-  static constexpr bool kGated = is_gated(kSet);
+  static constexpr bool kGated = is_gated(kSet), kInterleaved = kInterleavedColumns;
   static constexpr int kHalves = kGated ? 2 : 1;
   const Element* bias;      // [E, kHalves * columns] or null
   Element* rows;            // [S, columns]
@@ -75,15 +107,27 @@ struct ActivateEpilogue {
   __device__ void operator()(const OutputPlace& place, float (&gate)[8], float (&up)[8]) const {
     if (!place.exists) return;
     const int64_t width = static_cast<int64_t>(kHalves) * columns;
+    const int column = (kInterleaved ? 2 : 1) * place.column;
     if (bias != nullptr && place.has_expert) {
-      const Element* expert_bias = bias + place.expert * width + place.column;
-      add_bias8(expert_bias, gate);
-      if constexpr (kGated) add_bias8(expert_bias + columns, up);
+      const Element* expert_bias = bias + place.expert * width + column;
+      if constexpr (kInterleaved) {
+        float gate_bias[8], up_bias[8];
+        load8_interleaved(expert_bias, gate_bias, up_bias);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) gate[i] += gate_bias[i], up[i] += up_bias[i];
+      } else {
+        add_bias8(expert_bias, gate);
+        if constexpr (kGated) add_bias8(expert_bias + columns, up);
+      }
     }
     if (pre_activation != nullptr) {
-      Element* pre = pre_activation + place.row * width + place.column;
-      store8(pre, gate);
-      if constexpr (kGated) store8(pre + columns, up);
+      Element* pre = pre_activation + place.row * width + column;
+      if constexpr (kInterleaved) {
+        store8_interleaved(pre, gate, up);
+      } else {
+        store8(pre, gate);
+        if constexpr (kGated) store8(pre + columns, up);
+      }
     }
     float activated[8];
     activate8<kSet>(activation, gate, up, activated);
@@ -92,9 +136,9 @@ struct ActivateEpilogue {
 };
 
 // The outputs are u = grad_output @ down_proj; see DownProjBackwardParams.
-template <typename Element, ActivationSet kSet>
+template <typename Element, ActivationSet kSet, bool kInterleavedColumns = false>
 struct ActivateBackwardEpilogue {
-  static constexpr bool kGated = false;  // the tile itself has one kind of column
+  static constexpr bool kGated = false, kInterleaved = false;  // the tile itself has one kind of column
   static constexpr bool kGatedActivation = is_gated(kSet);
   static constexpr int kHalves = kGatedActivation ? 2 : 1;
   const float* topk_weights;      // [T * K]
@@ -130,12 +174,16 @@ struct ActivateBackwardEpilogue {
 
   // Stores the row's gradients; sums[i]: dot(activated, u) of columns 2 i and 2 i + 1.
   __device__ void gradients(const OutputPlace& place, const float (&u)[8], float (&sums)[4]) const {
-    const int64_t pre_offset = place.row * kHalves * columns + place.column;
+    const int64_t pre_offset = place.row * kHalves * columns + (kInterleavedColumns ? 2 : 1) * place.column;
     // Read-only loads: the compiler may start those of the next rows before the stores of this one.
     const float weight = __ldg(topk_weights + __ldg(sorted_rows + place.row));
     float gate[8], up[8], activated[8], by_gate[8], by_up[8];
-    load8_readonly(pre_activation + pre_offset, gate);
-    if constexpr (kGatedActivation) load8_readonly(pre_activation + pre_offset + columns, up);
+    if constexpr (kInterleavedColumns) {
+      load8_interleaved(pre_activation + pre_offset, gate, up);
+    } else {
+      load8_readonly(pre_activation + pre_offset, gate);
+      if constexpr (kGatedActivation) load8_readonly(pre_activation + pre_offset + columns, up);
+    }
     activate8_backward<kSet>(activation, gate, up, activated, by_gate, by_up);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = dot2(activated[2 * i], u[2 * i], activated[2 * i + 1], u[2 * i + 1]);
@@ -145,16 +193,23 @@ struct ActivateBackwardEpilogue {
       if constexpr (kGatedActivation) by_up[i] *= weight * u[i];
       activated[i] *= weight;
     }
-    store8(grad_pre_activation + pre_offset, by_gate);
-    if constexpr (kGatedActivation) store8(grad_pre_activation + pre_offset + columns, by_up);
+    store_gradients(pre_offset, by_gate, by_up);
     store8(weighted_rows + place.row * columns + place.column, activated);
   }
 
+  __device__ void store_gradients(int64_t offset, const float (&by_gate)[8], const float (&by_up)[8]) const {
+    if constexpr (kInterleavedColumns) {
+      store8_interleaved(grad_pre_activation + offset, by_gate, by_up);
+    } else {
+      store8(grad_pre_activation + offset, by_gate);
+      if constexpr (kGatedActivation) store8(grad_pre_activation + offset + columns, by_up);
+    }
+  }
+
   __device__ void zeros(const OutputPlace& place) const {
-    const int64_t pre_offset = place.row * kHalves * columns + place.column;
+    const int64_t pre_offset = place.row * kHalves * columns + (kInterleavedColumns ? 2 : 1) * place.column;
     const float nothing[8] = {};
-    store8(grad_pre_activation + pre_offset, nothing);
-    if constexpr (kGatedActivation) store8(grad_pre_activation + pre_offset + columns, nothing);
+    store_gradients(pre_offset, nothing, nothing);
     store8(weighted_rows + place.row * columns + place.column, nothing);
   }
 };

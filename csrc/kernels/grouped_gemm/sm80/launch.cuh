@@ -22,15 +22,20 @@ void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue&
   check_launch(name);
 }
 
-// Picks the tile by the number of rows an expert has in the mean.
-template <bool kWeightsKMajor, typename Element, typename Epilogue>
+// Picks the tile by the number of rows an expert has in the mean: of all, or of the smallest and one for many rows,
+// which is half the code.
+template <bool kWeightsKMajor, bool kAllTiles = true, typename Element, typename Epilogue>
 void launch_m_grouped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue, cudaStream_t stream,
                       const char* name) {
   if (operands.num_rows == 0) return;
   const DeviceLimits limits = device_limits();
-  dispatch_tile(choose_tile(operands.num_rows, operands.num_experts, limits), [&](auto config) {
+  const TileChoice choice = choose_tile(operands.num_rows, operands.num_experts, limits);
+  auto launch = [&](auto config) {
     launch_m_grouped<decltype(config), kWeightsKMajor>(operands, epilogue, limits, stream, name);
-  });
+  };
+  if constexpr (kAllTiles) dispatch_tile(choice, launch);
+  else if (choice == TileChoice::k16x128) launch(Tile16x128{});
+  else launch(Tile128x128{});
 }
 
 template <typename Config, typename Element, typename Epilogue>

@@ -40,7 +40,7 @@ struct MGroupedMainLoop {
     auto nothing = [](int) {};
     if constexpr (kWeightsKMajor) {
       const KMajorLoader<Element, Config::kCols, Config::kThreads> columns(
-          expert, operands.k, [&](int i) { return weight_row(operands.n, tile.column_tile, i); });
+          expert, operands.k, [&](int i) { return weight_column(operands.n, tile.column_tile, i); });
       product.run(
           num_blocks,
           [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
@@ -49,8 +49,15 @@ struct MGroupedMainLoop {
           },
           nothing);
     } else {
-      const MnMajorLoader<Element, Config::kCols, Config::kThreads> columns(expert, operands.n,
-                                                                            tile.column_tile * Config::kCols);
+      using ColumnLoader = MnMajorLoader<Element, Config::kCols, Config::kThreads>;
+      const ColumnLoader columns = [&] {
+        if constexpr (kGated) {
+          return ColumnLoader(expert, operands.n,
+                              [&](int i) { return weight_column(operands.n, tile.column_tile, i); });
+        } else {
+          return ColumnLoader(expert, operands.n, tile.column_tile * Config::kCols);
+        }
+      }();
       product.run(
           num_blocks,
           [&](auto part, uint32_t a_stage, uint32_t b_stage, int block) {
@@ -62,15 +69,15 @@ struct MGroupedMainLoop {
     }
   }
 
-  // Row of the expert's weights behind column i of the tile, or -1. Gated: the second half of the tile is up rows.
-  __device__ static int weight_row(int n, int column_tile, int i) {
+  // The one of the expert's n columns that is column i of the tile, or -1. Gated: the tile's second half is up.
+  __device__ static int weight_column(int n, int column_tile, int i) {
     if constexpr (kGated) {
       constexpr int kHalf = Config::kCols / 2;
       const int column = column_tile * kHalf + i % kHalf;
       return column < n / 2 ? column + (i < kHalf ? 0 : n / 2) : -1;
     }
-    const int row = column_tile * Config::kCols + i;
-    return row < n ? row : -1;
+    const int column = column_tile * Config::kCols + i;
+    return column < n ? column : -1;
   }
 };
 
@@ -78,7 +85,7 @@ template <typename Config, typename Element, bool kWeightsKMajor, typename Epilo
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     m_grouped_kernel(const MGroupedOperands<Element> operands, const Epilogue epilogue) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  using MainLoop = MGroupedMainLoop<Config, Element, kWeightsKMajor, Epilogue::kGated>;
+  using MainLoop = MGroupedMainLoop<Config, Element, kWeightsKMajor, Epilogue::kGated && !Epilogue::kInterleaved>;
   constexpr int kOutputCols = Config::kCols / (Epilogue::kGated ? 2 : 1);
   const int column_tiles = (epilogue.columns + kOutputCols - 1) / kOutputCols;
   TileScheduler<Config::kRows> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,

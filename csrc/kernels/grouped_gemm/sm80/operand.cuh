@@ -71,6 +71,17 @@ class MnMajorLoader {
     shared_offset_ = row_ * kExtent * 2 + ((chunk & ~7) | ((chunk ^ row_) & 7)) * 16;
   }
 
+  // column_of(i): the column of the source where columns i .. i + 7 of the stage come from, or -1: zeros.
+  template <typename ColumnOf>
+  __device__ MnMajorLoader(const Element* source, int pitch, ColumnOf column_of)
+      : pitch_(pitch), row_(threadIdx.x / kChunks) {
+    const int chunk = threadIdx.x % kChunks;
+    const int column = column_of(chunk * 8);
+    column_valid_ = column >= 0;
+    source_ = column_valid_ ? source + column : source;
+    shared_offset_ = row_ * kExtent * 2 + ((chunk & ~7) | ((chunk ^ row_) & 7)) * 16;
+  }
+
   // Starts one part of the copy. row_of(i): the source row that is row i of the stage, or -1: zeros.
   template <int kPart, typename RowOf>
   __device__ void load(Step<kPart>, uint32_t stage, RowOf row_of) const {

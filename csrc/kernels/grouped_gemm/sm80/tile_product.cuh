@@ -86,15 +86,23 @@ class TileProduct {
     float* staging = reinterpret_cast<float*>(shared_) + threadIdx.x / 32 * Config::kWarpRows * Config::kStagingStride;
     stage_outputs(staging);
     __syncwarp();
-    constexpr int kOutputCols = Config::kWarpCols / (kGated ? 2 : 1);
+    constexpr int kOutputCols = Config::kWarpCols / (Epilogue::kGated ? 2 : 1);
     constexpr int kGroups = kOutputCols / 8;
     static_assert(Config::kWarpRows * kGroups % 32 == 0, "the epilogue is called by whole warps");
-#pragma unroll 2
+#pragma unroll(Epilogue::kInterleaved ? 1 : 2)  // two at a time spill where they are 16 columns each
     for (int item = threadIdx.x % 32; item < Config::kWarpRows * kGroups; item += 32) {
       const int row = item / kGroups, column = item % kGroups * 8;
       float first[8], second[8];
-      read_staged(staging + row * Config::kStagingStride + column, first);
-      if constexpr (kGated) read_staged(staging + row * Config::kStagingStride + kOutputCols + column, second);
+      const float* from = staging + row * Config::kStagingStride + column;
+      if constexpr (Epilogue::kInterleaved) {
+        float low[8], high[8];
+        read_staged(from + column, low);
+        read_staged(from + column + 8, high);
+        deinterleave(low, high, first, second);
+      } else {
+        read_staged(from, first);
+        if constexpr (kGated) read_staged(from + kOutputCols, second);
+      }
       const OutputPlace place = place_of(warp_m_ * Config::kWarpRows + row, warp_n_ * kOutputCols + column);
       epilogue(place, first, second);
     }

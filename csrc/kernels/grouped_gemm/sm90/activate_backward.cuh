@@ -9,7 +9,7 @@
 
 namespace moe::sm90 {
 
-template <typename Element, ActivationSet kSet, int kPieces>
+template <typename Element, ActivationSet kSet, int kPieces, bool kInterleavedColumns = false>
 struct ActivateBackwardEpilogue {
   static constexpr bool kGated = false;  // the tile itself has one kind of column
   static constexpr bool kGatedActivation = is_gated(kSet);
@@ -18,8 +18,9 @@ struct ActivateBackwardEpilogue {
   static constexpr int kSharedBytes = 2 * kSlotBytes + kPieceBytes;
   static constexpr int kBarriers = 2;
   static constexpr int kUnits = 4;  // pieces of 64 x 64 of a consumer's part of a tile, kPieces beside each other
-  CUtensorMap gate, up;             // ragged, the halves of pre_activation [S, kHalves * columns]
-  CUtensorMap grad_gate, grad_up;   // ragged, of grad_pre_activation
+  CUtensorMap gate, up;             // ragged, the halves of pre_activation [S, kHalves * columns]; interleaved: `gate`
+                                    // is all of it
+  CUtensorMap grad_gate, grad_up;   // ragged, of grad_pre_activation, likewise
   CUtensorMap weighted_rows;        // ragged, [S, columns]
   Element* grad_pre_activation_data;
   Element* weighted_rows_data;
@@ -31,8 +32,12 @@ struct ActivateBackwardEpilogue {
   ActivationParams activation;
 
   __device__ void zeros(int row, int row_end, int column, int column_end) const {
-    for (int half = 0; half < kHalves; ++half) {
-      store_zeros(grad_pre_activation_data + half * columns, kHalves * columns, row, row_end, column, column_end);
+    if constexpr (kInterleavedColumns) {
+      store_zeros(grad_pre_activation_data, 2 * columns, row, row_end, 2 * column, 2 * column_end);
+    } else {
+      for (int half = 0; half < kHalves; ++half) {
+        store_zeros(grad_pre_activation_data + half * columns, kHalves * columns, row, row_end, column, column_end);
+      }
     }
     store_zeros(weighted_rows_data, columns, row, row_end, column, column_end);
   }
@@ -83,9 +88,11 @@ struct ActivateBackwardEpilogue {
         consumer_.sync();
         if (consumer_.leads()) {
           const int column = tile.column + piece * 64;
-          store_ragged(epilogue_.grad_gate, slot, column, row, tile.row_end);
-          if constexpr (kGatedActivation)
-            store_ragged(epilogue_.grad_up, slot + kPieceBytes, column, row, tile.row_end);
+          store_ragged(epilogue_.grad_gate, slot, gate_column(column), row, tile.row_end);
+          if constexpr (kGatedActivation) {
+            store_ragged(kInterleavedColumns ? epilogue_.grad_gate : epilogue_.grad_up, slot + kPieceBytes,
+                         up_column(column), row, tile.row_end);
+          }
           store_ragged(epilogue_.weighted_rows, weighted_piece(), column, row, tile.row_end);
           tma_commit();
         }
@@ -93,6 +100,10 @@ struct ActivateBackwardEpilogue {
     }
 
    private:
+    // Where the two pieces of a slot begin in their maps.
+    __device__ static int gate_column(int column) { return kInterleavedColumns ? 2 * column : column; }
+    __device__ static int up_column(int column) { return kInterleavedColumns ? 2 * column + 64 : column; }
+
     __device__ uint32_t weighted_piece() const { return consumer_.staging + 2 * kSlotBytes; }
 
     __device__ float weight(const ConsumerTile& tile, int row) const {
@@ -106,10 +117,11 @@ struct ActivateBackwardEpilogue {
       if (unit >= kUnits || row >= tile.row_end || column >= epilogue_.columns) return;
       const uint32_t slot = consumer_.staging + unit % 2 * kSlotBytes, barrier = consumer_.barriers + unit % 2 * 8;
       barrier_arrive_expect(barrier, kSlotBytes);
-      tma_load(slot, epilogue_.gate, barrier, column, ragged_row(row, tile.row_end), kRaggedRows, tile.row_end);
+      tma_load(slot, epilogue_.gate, barrier, gate_column(column), ragged_row(row, tile.row_end), kRaggedRows,
+               tile.row_end);
       if constexpr (kGatedActivation) {
-        tma_load(slot + kPieceBytes, epilogue_.up, barrier, column, ragged_row(row, tile.row_end), kRaggedRows,
-                 tile.row_end);
+        tma_load(slot + kPieceBytes, kInterleavedColumns ? epilogue_.gate : epilogue_.up, barrier, up_column(column),
+                 ragged_row(row, tile.row_end), kRaggedRows, tile.row_end);
       }
     }
 
@@ -124,11 +136,15 @@ struct ActivateBackwardEpilogue {
       float gate[8], up[8], activated[8], by_gate[8], by_up[8];
       uint32_t words[4];
       const uint32_t gate_address = consumer_.matrix_address(slot, group), up_address = gate_address + kPieceBytes;
-      ldmatrix_x4(words, gate_address);
-      unpack_matrix(words, gate);
-      if constexpr (kGatedActivation) {
-        ldmatrix_x4(words, up_address);
-        unpack_matrix(words, up);
+      if constexpr (kInterleavedColumns) {
+        load_interleaved(slot, group, gate, up);
+      } else {
+        ldmatrix_x4(words, gate_address);
+        unpack_matrix(words, gate);
+        if constexpr (kGatedActivation) {
+          ldmatrix_x4(words, up_address);
+          unpack_matrix(words, up);
+        }
       }
       activate8_backward<kSet>(epilogue_.activation, gate, up, activated, by_gate, by_up);
 #pragma unroll
@@ -146,14 +162,53 @@ struct ActivateBackwardEpilogue {
         if constexpr (kGatedActivation) by_up[i] *= weight * u[i];
         activated[i] *= weight;
       }
-      pack_matrix<Element>(by_gate, words);
-      stmatrix_x4(gate_address, words);
-      if constexpr (kGatedActivation) {
-        pack_matrix<Element>(by_up, words);
-        stmatrix_x4(up_address, words);
+      if constexpr (kInterleavedColumns) {
+        store_interleaved(slot, group, by_gate, by_up);
+      } else {
+        pack_matrix<Element>(by_gate, words);
+        stmatrix_x4(gate_address, words);
+        if constexpr (kGatedActivation) {
+          pack_matrix<Element>(by_up, words);
+          stmatrix_x4(up_address, words);
+        }
       }
       pack_matrix<Element>(activated, words);
       stmatrix_x4(consumer_.matrix_address(weighted_piece(), group), words);
+    }
+
+    // Shared address of the gate and up of this thread's two columns of the `half`-th 8 of a group, in turn: 8 bytes. i
+    // = 0: its own row, 1: the row 8 below.
+    __device__ __forceinline__ uint32_t interleaved_address(uint32_t slot, int group, int half, int i) const {
+      const int row = consumer_.row() + 8 * i;
+      const int chunk = group % 2 * 4 + half * 2 + threadIdx.x % 4 / 2;  // of 16 bytes, in the slot's piece group / 2
+      return slot + group / 2 * kPieceBytes + row * 128 + ((chunk ^ row % 8) << 4) + threadIdx.x % 2 * 8;
+    }
+
+    __device__ __forceinline__ void load_interleaved(uint32_t slot, int group, float (&gate)[8], float (&up)[8]) const {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t words[2];
+          load_shared(words, interleaved_address(slot, group, half, i));
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float2 pair = unpack2<Element>(words[j]);
+            gate[half * 4 + i * 2 + j] = pair.x, up[half * 4 + i * 2 + j] = pair.y;
+          }
+        }
+    }
+
+    __device__ __forceinline__ void store_interleaved(uint32_t slot, int group, const float (&gate)[8],
+                                                      const float (&up)[8]) const {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int at = half * 4 + i * 2;
+          const uint32_t words[2] = {pack2<Element>(gate[at], up[at]), pack2<Element>(gate[at + 1], up[at + 1])};
+          store_shared(interleaved_address(slot, group, half, i), words);
+        }
     }
 
     __device__ __forceinline__ void store_partials(const ConsumerTile& tile, int first_row, int column,

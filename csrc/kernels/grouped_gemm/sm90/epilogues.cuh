@@ -1,9 +1,10 @@
 // What happens to a consumer's fp32 outputs. The results are laid into shared memory as TMA wants them, 64 rows x 64
 // columns a time, and TMA stores them through ragged maps, which end at the expert's last row.
 //
-// Every epilogue has `kGated` (a tile's columns are half gate, half up), `columns` (output columns in all), the shared
-// memory and barriers that a consumer warpgroup needs, and a Worker with begin(tile) before a tile's products and
-// finish(tile, fragment, outputs) after them; zeros(tile, rows, columns) takes their place where rows have no expert.
+// Every epilogue has `kGated` (two columns of the tile, gate and up, make an output column), `columns` (output columns
+// in all), the shared memory and barriers that a consumer warpgroup needs, and a Worker with begin(tile) before a
+// tile's products and finish(tile, fragment, outputs) after them; zeros(tile, rows, columns) takes their place where
+// rows have no expert.
 #pragma once
 
 #include "../../common/activation.cuh"
@@ -111,6 +112,16 @@ class Stager {
     hand_over(piece, store_piece);
   }
 
+  // Stores a piece that write(address) lays there.
+  template <typename Write, typename Store>
+  __device__ __forceinline__ void store_written(Write write, Store store_piece) {
+    const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
+    if (consumer_.leads()) tma_wait_read<kBuffers - 1>();
+    consumer_.sync();
+    write(piece);
+    hand_over(piece, store_piece);
+  }
+
   // Stores 32 columns of fp32: outputs first .. first + 15.
   template <int kCount, typename Store>
   __device__ __forceinline__ void store_fp32(const float (&outputs)[kCount], int first, Store store_piece) {
@@ -146,128 +157,5 @@ class Stager {
 __device__ __forceinline__ void store_ragged(const CUtensorMap& map, uint32_t piece, int column, int row, int row_end) {
   tma_store(map, piece, column, ragged_row(row, row_end), kRaggedRows, row_end);
 }
-
-// c[row] = outputs (+ bias[expert])
-template <typename Element, int kBuffers>
-struct StoreEpilogue {
-  static constexpr bool kGated = false;
-  static constexpr int kSharedBytes = Stager<kBuffers>::kBytes;
-  static constexpr int kBarriers = 0;
-  CUtensorMap output;  // ragged, [S, columns]
-  Element* output_data;
-  const Element* bias;  // [E, columns] or null
-  int columns;
-
-  __device__ void zeros(int row, int row_end, int column, int column_end) const {
-    store_zeros(output_data, columns, row, row_end, column, column_end);
-  }
-
-  class Worker {
-   public:
-    __device__ Worker(const StoreEpilogue& epilogue, const Consumer& consumer)
-        : epilogue_(epilogue), consumer_(consumer), stager_(consumer) {}
-    __device__ void begin(const ConsumerTile&) {}
-
-    template <int kCount>
-    __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
-      const int row = tile.row + fragment * 64;
-      if (row >= tile.row_end) return;
-#pragma unroll
-      for (int piece = 0; piece < kCount / 32; ++piece) {
-        const int column = tile.column + piece * 64;
-        if (column >= epilogue_.columns) break;
-        if (epilogue_.bias != nullptr) {
-          const Element* bias = epilogue_.bias + static_cast<int64_t>(tile.expert) * epilogue_.columns + column;
-          add_bias(outputs, piece * 32, bias, epilogue_.columns - column, consumer_.column());
-        }
-        stager_.template store<Element>(
-            [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
-            [&](uint32_t shared) { store_ragged(epilogue_.output, shared, column, row, tile.row_end); });
-      }
-    }
-
-   private:
-    const StoreEpilogue& epilogue_;
-    const Consumer& consumer_;
-    Stager<kBuffers> stager_;
-  };
-};
-
-// rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
-template <typename Element, ActivationSet kSet, int kBuffers>
-struct ActivateEpilogue {
-  static constexpr bool kGated = is_gated(kSet);
-  static constexpr int kSharedBytes = Stager<kBuffers>::kBytes;
-  static constexpr int kBarriers = 0;
-  CUtensorMap rows;      // ragged, [S, columns]
-  CUtensorMap gate, up;  // ragged, the halves of pre_activation; up only when gated
-  Element* rows_data;
-  Element* pre_activation_data;  // null: not kept
-  const Element* bias;           // [E, columns or 2 * columns] or null
-  int columns;                   // I
-  ActivationParams activation;
-
-  __device__ void zeros(int row, int row_end, int column, int column_end) const {
-    store_zeros(rows_data, columns, row, row_end, column, column_end);
-    if (pre_activation_data == nullptr) return;
-    for (int half = 0; half < (kGated ? 2 : 1); ++half) {
-      store_zeros(pre_activation_data + half * columns, (kGated ? 2 : 1) * columns, row, row_end, column, column_end);
-    }
-  }
-
-  class Worker {
-   public:
-    __device__ Worker(const ActivateEpilogue& epilogue, const Consumer& consumer)
-        : epilogue_(epilogue), consumer_(consumer), stager_(consumer) {}
-    __device__ void begin(const ConsumerTile&) {}
-
-    template <int kCount>
-    __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
-      constexpr int kHalf = kGated ? kCount / 2 : 0;
-      const int row = tile.row + fragment * 64;
-      if (row >= tile.row_end) return;
-#pragma unroll
-      for (int piece = 0; piece < kCount / (kGated ? 64 : 32); ++piece) {
-        const int column = tile.column + piece * 64;
-        if (column >= epilogue_.columns) break;
-        if (epilogue_.bias != nullptr) add_biases(tile.expert, column, piece * 32, outputs);
-        if (epilogue_.pre_activation_data != nullptr) {
-          store(epilogue_.gate, column, row, tile.row_end,
-                [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); });
-          if constexpr (kGated) {
-            store(epilogue_.up, column, row, tile.row_end,
-                  [&](int group, float (&values)[8]) { take8(outputs, kHalf + piece * 32 + group * 8, values); });
-          }
-        }
-        store(epilogue_.rows, column, row, tile.row_end, [&](int group, float (&values)[8]) {
-          float gate[8], up[8];
-          take8(outputs, piece * 32 + group * 8, gate);
-          if constexpr (kGated) take8(outputs, kHalf + piece * 32 + group * 8, up);
-          activate8<kSet>(epilogue_.activation, gate, up, values);
-        });
-      }
-    }
-
-   private:
-    template <typename ValuesOf>
-    __device__ __forceinline__ void store(const CUtensorMap& map, int column, int row, int row_end,
-                                          ValuesOf values_of) {
-      stager_.template store<Element>(values_of,
-                                      [&](uint32_t piece) { store_ragged(map, piece, column, row, row_end); });
-    }
-
-    template <int kCount>
-    __device__ __forceinline__ void add_biases(int expert, int column, int first, float (&outputs)[kCount]) {
-      const int columns = epilogue_.columns;
-      const Element* bias = epilogue_.bias + static_cast<int64_t>(expert) * (kGated ? 2 : 1) * columns + column;
-      add_bias(outputs, first, bias, columns - column, consumer_.column());
-      if constexpr (kGated) add_bias(outputs, kCount / 2 + first, bias + columns, columns - column, consumer_.column());
-    }
-
-    const ActivateEpilogue& epilogue_;
-    const Consumer& consumer_;
-    Stager<kBuffers> stager_;
-  };
-};
 
 }  // namespace moe::sm90

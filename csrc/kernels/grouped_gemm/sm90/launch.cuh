@@ -1,8 +1,9 @@
-// Launchers of the two kernels of the sm_90a engine.
+// Launchers of the kernels of the sm_90a engine.
 #pragma once
 
 #include "../launch.h"
 #include "activate_backward.cuh"
+#include "interleaved.cuh"
 #include "k_grouped.cuh"
 #include "m_grouped.cuh"
 #include "swap_ab.cuh"
@@ -28,66 +29,59 @@ struct SharedBytes {
   static constexpr int kSharedBytes = Config::kBytes;
 };
 
-template <typename Config, bool kGathered, bool kWeightsKMajor, typename Element, typename Epilogue>
-void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
-  constexpr auto kKernel = m_grouped_kernel<Config, Element, kGathered, kWeightsKMajor, Epilogue>;
-  using Shared = MGroupedShared<Config, Epilogue>;
-  allow_shared_memory<SharedBytes<Shared>, kKernel>(name);
+// kTileColumns: of the weights, a tile; kBoxRows: what TMA brings at a time of rows that lie in order.
+template <bool kGathered, bool kWeightsKMajor, bool kGated, int kTileColumns, int kBoxRows, typename Element>
+MGroupedOperands<Element> operands_of(const Product& product) {
+  const DType dtype = product.dtype;
+  const int experts = product.num_experts, n = product.n, k = product.k;
+  if (kGathered && int64_t{product.num_rows} / product.row_divisor * (k / 8) >> 32 != 0)
+    throw std::runtime_error("moe_kernels: more than 64 GB of rows to gather");
   MGroupedOperands<Element> operands = {};
-  if (!kGathered) operands.rows = rows_map(product.dtype, product.x, product.num_rows, product.k, Config::kRows);
-  if (Epilogue::kGated) {
-    operands.weights = gated_experts_map(product.dtype, product.weights, product.num_experts, product.n / 2, product.k,
-                                         Config::kCols / 2);
-  } else if (kWeightsKMajor) {
-    operands.weights =
-        experts_map(product.dtype, product.weights, product.num_experts, product.n, product.k, Config::kCols);
-  } else {
-    operands.weights = experts_map(product.dtype, product.weights, product.num_experts, product.k, product.n, kDepth);
-  }
+  if (!kGathered) operands.rows = rows_map(dtype, product.x, product.num_rows, k, kBoxRows);
+  operands.weights = kGated && kWeightsKMajor
+                         ? gated_experts_map(dtype, product.weights, experts, n / 2, k, kTileColumns / 2)
+                     : kGated         ? gated_columns_map(dtype, product.weights, experts, k, n / 2, kDepth)
+                     : kWeightsKMajor ? experts_map(dtype, product.weights, experts, n, k, kTileColumns)
+                                      : experts_map(dtype, product.weights, experts, k, n, kDepth);
   operands.x = static_cast<const Element*>(product.x);
   operands.row_index = product.row_index;
   operands.row_divisor = Divisor(product.row_divisor);
   operands.expert_offsets = product.expert_offsets;
-  operands.num_experts = product.num_experts;
+  operands.num_experts = experts;
   operands.num_rows = product.num_rows;
-  operands.k = product.k;
-  const int64_t row_tiles =
-      ceil_div(product.num_rows, Config::kRows) + std::min(product.num_experts + 1, product.num_rows);
-  const int64_t tiles = row_tiles * ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
+  operands.k = k;
+  return operands;
+}
+
+// Blocks of an m-grouped product: no more than there are tiles, no more than one an SM.
+inline int blocks_of(const Product& product, int tile_rows, int64_t column_tiles, const char* name) {
+  const int64_t row_tiles = ceil_div(product.num_rows, tile_rows) + std::min(product.num_experts + 1, product.num_rows);
+  const int64_t tiles = row_tiles * column_tiles;
   if (tiles >= int64_t{1} << 30) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
-  const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
+  return static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
+}
+
+template <typename Config, bool kWeightsKMajor, typename Element, typename Epilogue>
+void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
+  constexpr auto kKernel = m_grouped_kernel<Config, kWeightsKMajor, Element, Epilogue>;
+  using Shared = MGroupedShared<Config, Epilogue>;
+  allow_shared_memory<SharedBytes<Shared>, kKernel>(name);
+  const auto operands = operands_of<true, kWeightsKMajor, false, Config::kCols, 0, Element>(product);
+  const int64_t column_tiles = ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
+  const int blocks = blocks_of(product, Config::kRows, column_tiles, name);
   kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }
 
-// The same with the weights as wgmma's A.
 template <bool kGathered, bool kWeightsKMajor, typename Element, typename Epilogue>
 void launch_swap_ab(const Product& product, const Epilogue& epilogue, cudaStream_t stream, const char* name) {
   using Config = SwapAB;
   constexpr auto kKernel = swap_ab_kernel<Config, Element, kGathered, kWeightsKMajor, Epilogue>;
   allow_shared_memory<SwapABShared, kKernel>(name);
-  MGroupedOperands<Element> operands = {};
-  if (!kGathered) operands.rows = rows_map(product.dtype, product.x, product.num_rows, product.k, kRowBox);
-  if (Epilogue::kGated) {
-    operands.weights = gated_experts_map(product.dtype, product.weights, product.num_experts, product.n / 2, product.k,
-                                         Config::kRows / 2);
-  } else if (kWeightsKMajor) {
-    operands.weights =
-        experts_map(product.dtype, product.weights, product.num_experts, product.n, product.k, Config::kRows);
-  } else {
-    operands.weights = experts_map(product.dtype, product.weights, product.num_experts, product.k, product.n, kDepth);
-  }
-  operands.x = static_cast<const Element*>(product.x);
-  operands.row_index = product.row_index;
-  operands.row_divisor = Divisor(product.row_divisor);
-  operands.expert_offsets = product.expert_offsets;
-  operands.num_experts = product.num_experts;
-  operands.num_rows = product.num_rows;
-  operands.k = product.k;
-  const int64_t row_tiles = ceil_div(product.num_rows, kMostRows) + std::min(product.num_experts + 1, product.num_rows);
-  const int64_t tiles = row_tiles * ceil_div(epilogue.columns, Config::kRows / (Epilogue::kGated ? 2 : 1));
-  if (tiles >= int64_t{1} << 30) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
-  const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
+  const auto operands =
+      operands_of<kGathered, kWeightsKMajor, Epilogue::kGated, Config::kRows, kRowBox, Element>(product);
+  const int64_t column_tiles = ceil_div(epilogue.columns, Config::kRows / (Epilogue::kGated ? 2 : 1));
+  const int blocks = blocks_of(product, kMostRows, column_tiles, name);
   kKernel<<<blocks, kThreads, SwapABShared::kSharedBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }

@@ -1,5 +1,6 @@
-// The instructions of the sm_90a engine that are not wgmma: mbarrier, TMA, cp.async, stmatrix, named barriers,
-// registers. Source: PTX ISA 9.0, sections mbarrier, cp.async.bulk.tensor, stmatrix, setmaxnreg, Async Proxy.
+// The instructions of the sm_90a engine that are not wgmma: mbarrier, TMA, cp.async, stmatrix, shared memory,
+// named barriers, registers. Source: PTX ISA 9.0, sections mbarrier, cp.async.bulk.tensor, stmatrix, setmaxnreg, Async
+// Proxy.
 #pragma once
 
 #include <cstdint>
@@ -171,6 +172,18 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t share
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(shared)
                : "memory");
+}
+
+__device__ __forceinline__ void load_shared(uint32_t (&words)[2], uint32_t shared) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(shared) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t shared, const uint32_t (&words)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(words[0]), "r"(words[1]) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t shared, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
 }
 
 template <int kRegisters>

@@ -7,7 +7,7 @@
 // high, which keeps the blocks that share its weights abreast, and only so do they share them in L2.
 #pragma once
 
-#include "m_grouped.cuh"
+#include "operands.cuh"
 #include "swap_ab_epilogues.cuh"
 
 namespace moe::sm90 {
@@ -30,22 +30,6 @@ __device__ __forceinline__ void dispatch_columns(int columns, Body&& body) {
   }
 }
 
-// Loads the weights of one stage, columns of them being A's rows; called by one thread.
-template <typename Config, bool kKMajor, bool kGated>
-__device__ __forceinline__ void load_weights_as_a(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int depth,
-                                                  int column_tile, int expert) {
-  if constexpr (kKMajor && kGated) {
-    tma_load(stage, map, barrier, depth, column_tile * (Config::kRows / 2), 0, expert);
-  } else if constexpr (kKMajor) {
-    tma_load(stage, map, barrier, depth, column_tile * Config::kRows, expert);
-  } else {
-#pragma unroll
-    for (int chunk = 0; chunk < Config::kRows / 64; ++chunk) {
-      tma_load(stage + chunk * kMnChunkBytes, map, barrier, column_tile * Config::kRows + chunk * 64, depth, expert);
-    }
-  }
-}
-
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>& operands, const Ring<Config>& ring,
                                                 int column_tiles) {
@@ -64,8 +48,8 @@ __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>&
         const uint32_t full = ring.full(position.stage);
         if (threadIdx.x == 0) {
           barrier_arrive_expect(full, Config::kABytes + boxes * kRowBox * 128);
-          load_weights_as_a<Config, kKMajor, Epilogue::kGated>(operands.weights, ring.a(position.stage), full,
-                                                               block * kDepth, tile.column_tile, tile.expert);
+          load_weights<Config::kRows, kKMajor, Epilogue::kGated>(operands.weights, ring.a(position.stage), full,
+                                                                 block * kDepth, tile.column_tile, tile.expert);
         }
         load_rows(ring.b(position.stage), full, block * kDepth);
       }

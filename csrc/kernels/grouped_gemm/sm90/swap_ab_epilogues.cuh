@@ -1,5 +1,5 @@
 // The epilogues of swap_ab.cuh. A fragment's outputs are 64 columns of the product (wgmma's rows) by the tile's rows
-// (wgmma's columns); stmatrix transposes them on their way into shared memory, 32 rows x 64 columns a time, and TMA
+// (wgmma's columns); stmatrix transposes them on their way into shared memory, 64 rows x 64 columns a time, and TMA
 // stores them through ragged maps, which end at the tile's last row.
 //
 // Every epilogue has kGated, columns and zeros as those of epilogues.cuh, and store(tile, outputs, stager).
@@ -9,7 +9,7 @@
 
 namespace moe::sm90 {
 
-constexpr int kPieceRows = 64;
+constexpr int kPieceRows = 64;  // and 64 columns: kPieceBytes, as many as a fragment of a stage has
 
 // What is added to the outputs of this thread's two columns of a fragment's 64: 16 warp + lane / 4 and the one 8 above.
 struct ColumnBias {
@@ -33,8 +33,8 @@ __device__ __forceinline__ void take8(const float (&outputs)[kCount], int first,
   for (int i = 0; i < 8; ++i) values[i] = outputs[first + i] + (i % 4 < 2 ? bias.low : bias.high);
 }
 
-// A tile's way out of the registers, piece by piece. Its shared memory are two pieces of 8 KB: the consumer's fragments
-// of a stage, which lie side by side, or, of a gated tile, two fragments apart.
+// A tile's way out of the registers, piece by piece, through two pieces of shared memory: the consumer's fragments of a
+// stage, which lie side by side or, of a gated tile, two fragments apart.
 template <bool kGated>
 class TransposedStager {
  public:
@@ -43,7 +43,7 @@ class TransposedStager {
   // Stores up to kPieceRows rows of 64 columns; values_of(group, values) gives this thread's 8 values of 16 rows.
   template <typename Element, typename ValuesOf>
   __device__ __forceinline__ void store(const CUtensorMap& map, int column, int row, int row_end, ValuesOf values_of) {
-    const uint32_t piece = shared_ + turn_ / kInFragment * (kGated ? 16384 : 8192) + turn_ % kInFragment * kPieceBytes;
+    const uint32_t piece = shared_ + turn_ * (kGated ? 2 : 1) * kPieceBytes;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
     for (int group = 0; group < kPieceRows / 16; ++group) {
@@ -56,21 +56,16 @@ class TransposedStager {
       stmatrix_x4_transposed(piece + to * 128 + (((2 * warp + lane / 8 % 2) ^ (to % 8)) << 4), words);
     }
     proxy_fence();
-    // All but the kBuffers - 2 latest stores have read their piece, so the next piece is free for everybody.
-    if (consumer_.leads()) tma_wait_read<kBuffers - 2>();
+    if (consumer_.leads()) tma_wait_read<0>();  // of the other piece, which then is everybody's to fill
     consumer_.sync();
     if (consumer_.leads()) {
       store_ragged(map, piece, column, row, row_end);
       tma_commit();
     }
-    turn_ = (turn_ + 1) % kBuffers;
+    turn_ ^= 1;
   }
 
  private:
-  static constexpr int kPieceBytes = kPieceRows * 128;
-  static constexpr int kInFragment = 8192 / kPieceBytes;
-  static constexpr int kBuffers = 2 * kInFragment;
-
   const Consumer& consumer_;
   const uint32_t shared_;
   int turn_ = 0;

@@ -86,6 +86,12 @@ CUtensorMap gated_experts_map(DType dtype, const void* data, int num_experts, in
                    {pitch, pitch * rows, 2 * pitch * rows}, {kBoxColumns, cuuint32_t(box_rows), 2, 1});
 }
 
+CUtensorMap gated_columns_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows) {
+  const cuuint64_t half = columns * bytes_of(dtype);
+  return encode<4>(dtype, data, {cuuint64_t(columns), 2, cuuint64_t(rows), cuuint64_t(num_experts)},
+                   {half, 2 * half, 2 * half * rows}, {kBoxColumns, 1, cuuint32_t(box_rows), 1});
+}
+
 CUtensorMap ragged_map(DType dtype, const void* data, int columns, int pitch, int box_rows) {
   constexpr cuuint64_t kUnbounded = (cuuint64_t{1} << 31) - 1;
   const cuuint64_t row_bytes = pitch * bytes_of(dtype);

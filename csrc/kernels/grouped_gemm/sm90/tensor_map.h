@@ -22,6 +22,9 @@ CUtensorMap experts_map(DType dtype, const void* data, int num_experts, int rows
 // [E, 2, rows, columns]: a box brings box_rows gate rows and the same up rows.
 CUtensorMap gated_experts_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows);
 
+// [E, rows, 2, columns]: a box brings box_rows x 64 of the gate columns or of the up columns.
+CUtensorMap gated_columns_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows);
+
 // Rows of `pitch` elements of which `columns` belong to the map, in boxes of box_rows x 64 that end at a row known on
 // the device alone. Row r of a range that ends before row `end` has coordinates (column, ragged_row(r, end),
 // kRaggedRows, end): beyond the range a box reads zeros and writes nothing. Such a coordinate sums to r * pitch modulo
