@@ -2,7 +2,9 @@
 // names; what is checked here again is what would make a kernel read outside its memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -28,6 +30,7 @@ namespace moe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Shape = std::initializer_list<int64_t>;
 
 template <typename... Args>
 void check(bool condition, const Args&... message) {
@@ -76,17 +79,23 @@ inline DType half_dtype_of(const Tensor& tensor, const char* name) {
   return dtype;
 }
 
+// What torch's C interface calls the dtype.
+inline int32_t code_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 // The tensor's memory, after checking dtype, shape, contiguity and alignment (in bytes).
-inline void* checked_data(const Tensor& tensor, const char* name, ScalarType dtype, const std::vector<int64_t>& shape,
+inline void* checked_data(const Tensor& tensor, const char* name, ScalarType dtype, Shape shape,
                           uintptr_t alignment = 16) {
   check(tensor.is_cuda(), name, " must be a CUDA tensor");
-  check(tensor.scalar_type() == dtype, name, " has the wrong dtype");
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape[i];
-  if (!same) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  check(code == code_of(dtype), name, " has the wrong dtype");
+  const auto sizes = tensor.sizes();
+  if (!std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end())) {
     std::ostringstream want, got;
     for (int64_t size : shape) want << ' ' << size;
-    for (int64_t i = 0; i < tensor.dim(); ++i) got << ' ' << tensor.size(i);
+    for (int64_t size : sizes) got << ' ' << size;
     check(false, name, " must have shape [", want.str(), " ], got [", got.str(), " ]");
   }
   check(tensor.is_contiguous(), name, " must be contiguous");
@@ -96,33 +105,42 @@ inline void* checked_data(const Tensor& tensor, const char* name, ScalarType dty
 }
 
 // Routing tensors are read element by element, so that slices such as topk_ids[1:] need no copy.
-inline int32_t* int_data(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+inline int32_t* int_data(const Tensor& tensor, const char* name, Shape shape) {
   return static_cast<int32_t*>(checked_data(tensor, name, ScalarType::Int, shape, sizeof(int32_t)));
 }
 
-inline float* float_data(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+inline float* float_data(const Tensor& tensor, const char* name, Shape shape) {
   return static_cast<float*>(checked_data(tensor, name, ScalarType::Float, shape, sizeof(float)));
 }
 
-inline int32_t* int_data(const OptionalTensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+inline int32_t* int_data(const OptionalTensor& tensor, const char* name, Shape shape) {
   return tensor.has_value() ? int_data(*tensor, name, shape) : nullptr;
 }
 
-inline float* float_data(const OptionalTensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+inline float* float_data(const OptionalTensor& tensor, const char* name, Shape shape) {
   return tensor.has_value() ? float_data(*tensor, name, shape) : nullptr;
 }
 
-inline void* checked_data(const OptionalTensor& tensor, const char* name, ScalarType dtype,
-                          const std::vector<int64_t>& shape) {
+inline void* checked_data(const OptionalTensor& tensor, const char* name, ScalarType dtype, Shape shape) {
   return tensor.has_value() ? checked_data(*tensor, name, dtype, shape) : nullptr;
 }
 
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {
-  return new_empty(like, shape, like.scalar_type());
+// An uninitialised contiguous tensor on the device of `like`, by the C interface: torch::stable::new_empty goes through
+// the dispatcher with every argument boxed, and takes twice as long.
+inline Tensor new_empty(const Tensor& like, Shape shape, ScalarType dtype) {
+  constexpr size_t kMostDims = 3;
+  check(shape.size() <= kMostDims, "new_empty wants at most ", kMostDims, " dimensions, got ", shape.size());
+  int64_t strides[kMostDims], stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(shape.begin()[i], 1);
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                                                  code_of(dtype), device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 // The tensor, or a copy where its memory does not begin on 16 bytes, as a view into a flat buffer may.

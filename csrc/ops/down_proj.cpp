@@ -10,8 +10,7 @@ namespace {
 Tensor routing_grad(const Tensor& partials, const Tensor& grad_output, const Tensor& topk_weights,
                     const OptionalTensor& down_bias, const DownProjBackwardParams& product, const int32_t* row_of_slot,
                     cudaStream_t stream) {
-  Tensor grad_topk_weights =
-      torch::stable::new_empty(topk_weights, {topk_weights.size(0), topk_weights.size(1)}, ScalarType::Float);
+  Tensor grad_topk_weights = new_empty(topk_weights, {topk_weights.size(0), topk_weights.size(1)}, ScalarType::Float);
   RoutingGradParams params = {};
   params.partials = product.partials;
   params.row_of_slot = row_of_slot;
@@ -52,10 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> down_proj_backward(Tensor grad_output, Tensor
   const int64_t width = (is_gated(params.activation) ? 2 : 1) * intermediate_size;
   params.intermediate_size = checked_width(intermediate_size, "intermediate_size");
   checked_width(width, "the width of pre_activation");
-  Tensor grad_pre_activation = torch::stable::new_empty(grad_output, {num_rows, width}, dtype);
-  Tensor weighted_rows = torch::stable::new_empty(grad_output, {num_rows, intermediate_size}, dtype);
-  Tensor partials = torch::stable::new_empty(grad_output, {num_rows, routing_grad_partials(params.intermediate_size)},
-                                             ScalarType::Float);
+  Tensor grad_pre_activation = new_empty(grad_output, {num_rows, width}, dtype);
+  Tensor weighted_rows = new_empty(grad_output, {num_rows, intermediate_size}, dtype);
+  Tensor partials =
+      new_empty(grad_output, {num_rows, routing_grad_partials(params.intermediate_size)}, ScalarType::Float);
 
   params.grad_output = checked_data(grad_output, "grad_output", dtype, {num_tokens, hidden_size});
   params.topk_weights = float_data(topk_weights, "topk_weights", {num_tokens, top_k});

@@ -51,18 +51,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   check_dim(topk_weights, "topk_weights", 2);
   const int64_t top_k = topk_weights.size(1);
   const ScalarType dtype = hidden_states.scalar_type();
-  auto unwanted = [&](ScalarType type) { return torch::stable::new_empty(hidden_states, {0}, type); };
-  Tensor grad_hidden_states = unwanted(dtype), grad_gate_up_proj = unwanted(dtype), grad_down_proj = unwanted(dtype);
-  Tensor grad_gate_up_bias = unwanted(dtype), grad_down_bias = unwanted(dtype);
+  OptionalTensor grad_hidden_states, grad_gate_up_proj, grad_down_proj, grad_topk_weights;
+  OptionalTensor grad_gate_up_bias, grad_down_bias, grad_pre_activation;
   // Into `grad`, or added to the buffer where there is one. A transposed weight's gradient has its factors swapped.
-  auto weight_grad_into = [&](Tensor& grad, const OptionalTensor& buffer, Tensor rows, Tensor a,
+  auto weight_grad_into = [&](OptionalTensor& grad, const OptionalTensor& buffer, Tensor rows, Tensor a,
                               OptionalTensor rows_gathered, OptionalTensor a_gathered) {
     if (is_transposed) std::swap(rows, a), std::swap(rows_gathered, a_gathered);
     if (buffer.has_value()) weight_grad_accumulate(*buffer, rows, a, expert_offsets, rows_gathered, a_gathered, top_k);
     else grad = weight_grad(rows, a, expert_offsets, rows_gathered, a_gathered, top_k);
   };
 
-  Tensor grad_pre_activation = unwanted(dtype), grad_topk_weights = unwanted(ScalarType::Float);
   {
     auto [grad_pre, weighted_rows, grad_weights] =
         down_proj_backward(grad_output, topk_weights, down_proj, down_bias, pre_activation, expert_offsets, sorted_rows,
@@ -73,13 +71,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   }  // weighted_rows is free before the next [S, H] is taken
   if (needs[5]) grad_down_bias = bias_grad(grad_output, topk_weights, expert_offsets, sorted_rows, top_k);
   if (needs[1])
-    weight_grad_into(grad_gate_up_proj, gate_up_grad, grad_pre_activation, hidden_states, std::nullopt, sorted_rows);
-  if (needs[4]) grad_gate_up_bias = bias_grad(grad_pre_activation, std::nullopt, expert_offsets, std::nullopt, top_k);
+    weight_grad_into(grad_gate_up_proj, gate_up_grad, *grad_pre_activation, hidden_states, std::nullopt, sorted_rows);
+  if (needs[4]) grad_gate_up_bias = bias_grad(*grad_pre_activation, std::nullopt, expert_offsets, std::nullopt, top_k);
   if (needs[0]) {
-    Tensor grad_rows = grouped_mm(grad_pre_activation, gate_up_proj, std::nullopt, expert_offsets, is_transposed);
+    Tensor grad_rows = grouped_mm(*grad_pre_activation, gate_up_proj, std::nullopt, expert_offsets, is_transposed);
     grad_hidden_states = combine(grad_rows, std::nullopt, row_of_slot);
   }
-  return {grad_hidden_states, grad_gate_up_proj, grad_down_proj, grad_topk_weights, grad_gate_up_bias, grad_down_bias};
+  // an output that nobody wants has no elements
+  auto or_empty = [&](const OptionalTensor& grad, ScalarType type) {
+    return grad.has_value() ? *grad : new_empty(hidden_states, {0}, type);
+  };
+  return {or_empty(grad_hidden_states, dtype), or_empty(grad_gate_up_proj, dtype),
+          or_empty(grad_down_proj, dtype),     or_empty(grad_topk_weights, ScalarType::Float),
+          or_empty(grad_gate_up_bias, dtype),  or_empty(grad_down_bias, dtype)};
 }
 
 }  // namespace moe

@@ -9,7 +9,7 @@ Tensor grouped_mm(Tensor a, Tensor b, OptionalTensor bias, Tensor expert_offsets
   a = aligned(a), b = aligned(b), bias = aligned(bias);
   const ScalarType dtype = a.scalar_type();
   const int64_t num_rows = a.size(0), k = a.size(1), num_experts = b.size(0), n = b.size(transpose_b ? 1 : 2);
-  Tensor c = torch::stable::new_empty(a, {num_rows, n}, dtype);
+  Tensor c = new_empty(a, {num_rows, n}, dtype);
 
   GroupedMmParams params = {};
   params.a = checked_data(a, "a", dtype, {num_rows, k});
@@ -43,7 +43,7 @@ Tensor launch_weight_grad(const OptionalTensor& buffer, Tensor grad, Tensor a, c
   const int64_t grad_rows = grad.size(0) * (grad_sorted_rows.has_value() ? top_k : 1);
   const int64_t a_rows = a.size(0) * (a_sorted_rows.has_value() ? top_k : 1);
   check(grad_rows == a_rows, "grad and a must have the same number of rows, got ", grad_rows, " and ", a_rows);
-  Tensor output = buffer.has_value() ? *buffer : torch::stable::new_empty(grad, {num_experts, n, k}, dtype);
+  Tensor output = buffer.has_value() ? *buffer : new_empty(grad, {num_experts, n, k}, dtype);
 
   WeightGradParams params = {};
   params.grad = checked_data(grad, "grad", dtype, {grad.size(0), n});

@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor, Tensor> plan(Tensor topk_ids, int64_t num_experts) {
   Tensor sorted_rows = new_empty(topk_ids, {num_slots}, ScalarType::Int);
   Tensor row_of_slot = new_empty(topk_ids, {num_tokens, top_k}, ScalarType::Int);
   const int64_t workspace_bytes = plan_workspace_bytes(num_slots, static_cast<int>(num_experts));
-  Tensor workspace = new_empty(topk_ids, {workspace_bytes}, ScalarType::Byte);
+  OptionalTensor workspace;  // few slots need none
+  if (workspace_bytes > 0) workspace = new_empty(topk_ids, {workspace_bytes}, ScalarType::Byte);
 
   PlanParams params = {};
   params.topk_ids = int_data(topk_ids, "topk_ids", {num_tokens, top_k});

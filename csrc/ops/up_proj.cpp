@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> up_proj(Tensor hidden_states, Tensor gate_up_proj, Op
   const int halves = is_gated(params.activation) ? 2 : 1;
   params.intermediate_size =
       checked_width(checked_width(width, "the width of gate_up_proj") / halves, "intermediate_size");
-  Tensor rows = torch::stable::new_empty(hidden_states, {num_rows, params.intermediate_size}, dtype);
-  Tensor pre_activation = torch::stable::new_empty(hidden_states, {keep_pre_activation ? num_rows : 0, width}, dtype);
+  Tensor rows = new_empty(hidden_states, {num_rows, params.intermediate_size}, dtype);
+  Tensor pre_activation = new_empty(hidden_states, {keep_pre_activation ? num_rows : 0, width}, dtype);
 
   params.hidden_states = checked_data(hidden_states, "hidden_states", dtype, {hidden_states.size(0), hidden_size});
   params.gate_up_proj =
