@@ -40,24 +40,25 @@ def _save_experts(ctx, ops, inputs, output):
     ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, *output[1:])
     ctx.set_materialize_grads(False)
     # buffers are not saved for backward: other backward calls may add to them before this one
-    ctx.ops, ctx.options, ctx.kept, ctx.buffers = ops, inputs[7:12], inputs[12], inputs[13:]
+    ctx.experts = ops, inputs[7:12], inputs[12], inputs[13:]
 
 
 def _gradients_of_experts(ctx, grad_output, needs):
     """Six gradients, None where there is no need or what there is was added to a buffer."""
     if grad_output is None:
         return (None,) * 6
-    if not ctx.kept:
+    ops, options, kept, buffers = ctx.experts
+    if not kept:
         raise RuntimeError("fused_experts: a gradient wants keep_pre_activation=True in the forward call")
-    arguments = (grad_output.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-    if not ctx.buffers:
-        grads = call(ctx.ops.fused_experts_backward, *arguments)
+    arguments = (grad_output.contiguous(), *ctx.saved_tensors, *options, needs)
+    if not buffers:
+        grads = call(ops.fused_experts_backward, *arguments)
         return [grad if need else None for grad, need in zip(grads, needs)]
     if torch.is_grad_enabled():
         raise NotImplementedError("fused_experts: a second derivative wants grad_buffers=None, because what is added "
                                   "to a buffer is in no graph")
-    grads = call(ctx.ops.fused_experts_backward_accumulate, *ctx.buffers, *arguments)
-    added = (False, *(buffer is not None for buffer in ctx.buffers), False, False, False)
+    grads = call(ops.fused_experts_backward_accumulate, *buffers, *arguments)
+    added = (False, *(buffer is not None for buffer in buffers), False, False, False)
     return [grad if need and not here else None for grad, need, here in zip(grads, needs, added)]
 
 
@@ -69,7 +70,7 @@ def _fused_experts(ops):
     def backward(ctx, grad_output, *_):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5, 6)]
         grads = _gradients_of_experts(ctx, grad_output, needs)
-        return *grads[:4], None, *grads[4:], *[None] * (6 + len(ctx.buffers))
+        return *grads[:4], None, *grads[4:], *[None] * (6 + len(ctx.experts[3]))
 
     return backward, setup_context
 
@@ -92,9 +93,11 @@ class _FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *_gradients_of_experts(ctx, grad_output, list(ctx.needs_input_grad[:6])), None
+        return *_gradients_of_experts(ctx, grad_output, ctx.needs_input_grad[:6]), None
 
 
+# what Function.apply calls once it has asked for functorch's transforms, which fused_experts below has done
+_apply_fused_experts = super(torch.autograd.Function, _FusedExperts).apply
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -120,10 +123,10 @@ def fused_experts(ops, inputs, grad_buffers):
         operator, inputs = ops.fused_experts_accumulate, (*inputs, *grad_buffers)
     if wanted and _is_plainly_eager():
         record = [(ops, operator, inputs)]
-        output = _FusedExperts.apply(*inputs[:4], *inputs[5:7], record)
-        return output, *record[1:]
-    output, _, *plan = call(operator, *inputs)
-    return output, *plan
+        record[0] = _apply_fused_experts(*inputs[:4], *inputs[5:7], record)
+        return record
+    results = call(operator, *inputs)
+    return results[:1] + results[2:]
 
 
 def _grouped_mm(ops):

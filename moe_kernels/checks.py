@@ -150,8 +150,8 @@ def experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, 
     False may also mean an argument that is only unusual: then those two decide, and say what is wrong.
     """
     try:
-        (num_tokens, hidden_size), num_experts = hidden_states.shape, gate_up_proj.shape[0]
-        dtype, device, ids_shape = hidden_states.dtype, hidden_states.device, topk_ids.shape
+        (num_tokens, hidden_size), num_experts, ids_shape = hidden_states.shape, gate_up_proj.shape[0], topk_ids.shape
+        dtype, device, (ids_tokens, top_k) = hidden_states.dtype, hidden_states.device, ids_shape
         if is_transposed:
             width, intermediate_size = gate_up_proj.shape[2], down_proj.shape[1]
             shapes = (num_experts, hidden_size, width), (num_experts, intermediate_size, hidden_size)
@@ -162,8 +162,8 @@ def experts_fit(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, 
             dtype in FLOAT_DTYPES and (hidden_states.is_cuda or hidden_states.is_cpu)
             and num_experts > 0 and width == (2 * intermediate_size if is_gated(activation) else intermediate_size)
             and gate_up_proj.shape == shapes[0] and down_proj.shape == shapes[1]
-            and ids_shape[0] == num_tokens and 0 < ids_shape[1] and num_tokens * ids_shape[1] <= MAX_ROWS
-            and len(ids_shape) == 2 and topk_ids.dtype in INDEX_DTYPES and topk_weights.shape == ids_shape
+            and ids_tokens == num_tokens and top_k > 0 and num_tokens * top_k <= MAX_ROWS
+            and topk_ids.dtype in INDEX_DTYPES and topk_weights.shape == ids_shape
             and topk_weights.dtype is torch.float32
             and gate_up_proj.dtype is dtype and down_proj.dtype is dtype
             and gate_up_proj.device == device and down_proj.device == device

@@ -93,7 +93,7 @@ def _namespace(x, dtypes=HALF_DTYPES):
 
 def _autocast(*tensors):
     """The tensors as autocast wants them: cast to its dtype where it is on; fp64 stays, as in torch's own operators."""
-    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+    if not torch._C._is_any_autocast_enabled():
         return tensors
     device_type = next(x.device.type for x in tensors if isinstance(x, torch.Tensor))
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -182,10 +182,9 @@ def make_plan(topk_ids, num_experts):
     return Plan(*autograd.call(operator, _int32_ids(topk_ids), num_experts))
 
 
-def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation="swiglu",
-                           swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None, swiglu_alpha=None,
-                           is_transposed=False, is_concatenated=True):
-    """`fused_experts` that also returns the `Plan`, whose expert_offsets tell each expert's load."""
+def _fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, swiglu_limit,
+                   gate_up_bias, down_bias, grad_buffers, swiglu_alpha, is_transposed, is_concatenated):
+    """(output, the three tensors of the plan) of `fused_experts`."""
     checks.check_activation(activation, swiglu_limit, swiglu_alpha)
     checks.check_layout(activation, is_transposed, is_concatenated)
     hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
@@ -209,13 +208,22 @@ def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights,
         or topk_weights.requires_grad or (gate_up_bias is not None and gate_up_bias.requires_grad)
         or (down_bias is not None and down_bias.requires_grad))
     ops = torch.ops.moe_kernels_composite if hidden_states.is_cuda and not kernels else torch.ops.moe_kernels
-    output, *plan = autograd.fused_experts(ops, (
+    return autograd.fused_experts(ops, (
         hidden_states.contiguous(), gate_up_proj.contiguous(), down_proj.contiguous(), topk_weights.contiguous(),
         _int32_ids(topk_ids), None if gate_up_bias is None else gate_up_bias.contiguous(),
         None if down_bias is None else down_bias.contiguous(), activation,
         None if swiglu_limit is None else float(swiglu_limit),
         SWIGLU_OAI_ALPHA if swiglu_alpha is None else float(swiglu_alpha), bool(is_transposed), bool(is_concatenated),
         keep), grad_buffers)
+
+
+def fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation="swiglu",
+                           swiglu_limit=None, gate_up_bias=None, down_bias=None, grad_buffers=None, swiglu_alpha=None,
+                           is_transposed=False, is_concatenated=True):
+    """`fused_experts` that also returns the `Plan`, whose expert_offsets tell each expert's load."""
+    output, *plan = _fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation,
+                                   swiglu_limit, gate_up_bias, down_bias, grad_buffers, swiglu_alpha, is_transposed,
+                                   is_concatenated)
     return output, Plan(*plan)
 
 
@@ -251,9 +259,8 @@ def fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids
     Raises: ValueError, TypeError on an argument that is not as above.
     Source: DeepSeek-V3 report, section 2.1.2; what is stored for the backward: SonicMoE, arXiv 2512.14080.
     """
-    return fused_experts_and_plan(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation,
-                                  swiglu_limit, gate_up_bias, down_bias, grad_buffers, swiglu_alpha, is_transposed,
-                                  is_concatenated)[0]
+    return _fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, swiglu_limit,
+                          gate_up_bias, down_bias, grad_buffers, swiglu_alpha, is_transposed, is_concatenated)[0]
 
 
 def _check_plan(plan, device):
