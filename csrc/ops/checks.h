@@ -42,19 +42,35 @@ void check(bool condition, const Args&... message) {
   }
 }
 
-// Makes the tensor's device current while it lives and knows that device's current stream.
+// Makes the tensor's device current while it lives and knows that device's current stream. One that is made while
+// another of the thread lives has what that one has: an operator of several stages asks torch once.
 class Launch {
  public:
-  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
+  explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), outer_(innermost()) {
+    if (outer_ != nullptr && outer_->device_ == device_) {
+      stream_ = outer_->stream_;
+    } else {
+      check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+      guard_.emplace(device_);
+      void* stream = nullptr;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+      stream_ = static_cast<cudaStream_t>(stream);
+    }
+    innermost() = this;
   }
+  ~Launch() { innermost() = outer_; }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
   cudaStream_t stream() const { return stream_; }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  static const Launch*& innermost() {
+    static thread_local const Launch* launch = nullptr;
+    return launch;
+  }
+  const int32_t device_;
+  const Launch* const outer_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_ = nullptr;
 };
 

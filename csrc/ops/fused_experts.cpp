@@ -12,6 +12,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts(
     double swiglu_alpha, bool is_transposed, bool is_concatenated, bool keep_pre_activation) {
   check_dim(topk_ids, "topk_ids", 2);
   check_dim(gate_up_proj, "gate_up_proj", 3);
+  const Launch launch(hidden_states);
   auto [expert_offsets, sorted_rows, row_of_slot] = plan(topk_ids, gate_up_proj.size(0));
   auto [rows, pre_activation] =
       up_proj(hidden_states, gate_up_proj, gate_up_bias, expert_offsets, sorted_rows, topk_ids.size(1), activation,
@@ -51,6 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   check_dim(topk_weights, "topk_weights", 2);
   const int64_t top_k = topk_weights.size(1);
   const ScalarType dtype = hidden_states.scalar_type();
+  const Launch launch(hidden_states);
   OptionalTensor grad_hidden_states, grad_gate_up_proj, grad_down_proj, grad_topk_weights;
   OptionalTensor grad_gate_up_bias, grad_down_bias, grad_pre_activation;
   // Into `grad`, or added to the buffer where there is one. A transposed weight's gradient has its factors swapped.
