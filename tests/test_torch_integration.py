@@ -259,3 +259,24 @@ def test_state_dict_round_trip(assign):
     assert str(other.load_state_dict(state, strict=True, assign=assign)) == "<All keys matched successfully>"
     assert_same_bits(other.eval()(tokens(9)).detach(), layer.eval()(tokens(9)).detach())
     assert layer.gate.e_score_correction_bias.any()
+
+
+# functorch -----------------------------------------------------------------------------------------------------------
+
+
+def test_tensor_that_outlived_a_transform_counts_as_what_it_wraps():
+    """As in every autograd.Function, although fused_experts calls past the wrapper that unwraps it."""
+    escaped = []
+
+    def leak(x):
+        escaped.append(x)
+        return x.sum()
+
+    x, gate_up, down = torch.randn(4, 16), torch.randn(4, 16, 16, requires_grad=True), torch.randn(4, 16, 8)
+    routing = torch.rand(4, 2), torch.randint(4, (4, 2), dtype=torch.int32)
+    torch.func.grad(leak)(x)
+    results = []
+    for hidden in (x, escaped[0]):
+        out = mk.fused_experts(hidden, gate_up, down, *routing)
+        results.append((out.detach(), *torch.autograd.grad(out.sum(), gate_up)))
+    assert_same_bits(*results)
