@@ -3,6 +3,7 @@
 The unit, `x * 2` of a small tensor, is timed in the same rounds: hosts differ, and the cost of a launch with them.
 """
 
+import contextlib
 import statistics
 import time
 
@@ -46,16 +47,28 @@ def host_times(functions, device, rounds=ROUNDS):
     return {name: (statistics.median(found), statistics.median(found) / unit) for name, found in times.items()}
 
 
+# pass -> (what is called, the mode it is called in, entered once for all calls)
+PASSES = {"host:forward": ("forward", torch.no_grad), "host:train": ("train", contextlib.nullcontext),
+          "host:train-one-thread": ("train", lambda: torch.autograd.set_multithreading_enabled(False))}
+
+
 def host_rows(shape, inputs, options):
-    """Rows of ours and of the peers: one forward call, and one forward and backward where the shape trains."""
+    """Rows of ours and of the peers: one forward call, and where the shape trains one forward and backward, as it comes
+    and with autograd's backward on the calling thread."""
     rows = []
     everyone = [peers_module.Peer(OURS, peers_module.bind_ours), *options.peers]
-    for pass_name in ("forward", "train") if shape.trains else ("forward",):
-        calls = {peer.name: layer_call(peer.bind, inputs if peer.name == OURS else peer.inputs(inputs),
-                                       pass_name == "train") for peer in everyone}
-        key = {"shape": shape.name, "num_tokens": inputs.topk_ids.shape[0], "pass": f"host:{pass_name}", "dtype": options.dtype_name,
-               "routing": options.routing}
+    for pass_name, (called, mode) in PASSES.items():
+        if called == "train" and not shape.trains:
+            continue
+        calls = {}
+        for peer in everyone:
+            its_inputs = inputs if peer.name == OURS else peer.inputs(inputs)
+            calls[peer.name] = layer_call(peer.bind, its_inputs, True) if called == "train" else peer.bind(its_inputs)
+        key = {"shape": shape.name, "num_tokens": inputs.topk_ids.shape[0], "pass": pass_name,
+               "dtype": options.dtype_name, "routing": options.routing}
         rounds = ROUNDS if options.device.type == "cuda" else 3
-        for name, (ms, operations) in host_times(calls, options.device, rounds).items():
+        with mode():
+            times = host_times(calls, options.device, rounds)
+        for name, (ms, operations) in times.items():
             rows.append(row(key, name, Timing(ms, "host", rounds), None, in_operations=round(operations, 2)))
     return rows

@@ -334,7 +334,7 @@ def test_a_quick_run_from_end_to_end(device, tmp_path, capsys):
     ours = [row for row in content["results"] if row["impl"] == "moe_kernels"]
     assert {row["pass"] for row in ours} == {"forward", "train", "decode", *(f"stage:{stage}" for stage in (
         "gate", "plan", "gate+plan", "up_proj", "down_proj", "combine", "permute")),
-        "skew:forward", "skew:train", "host:forward", "host:train"}
+        "skew:forward", "skew:train", "host:forward", "host:train", "host:train-one-thread"}
     assert content["tests"]["passed"] == 5 and all(row["ms"] > 0 for row in content["results"])
     layers = [row for row in ours if ":" not in row["pass"]]
     assert all(0 < row["relative_error"] < 0.02 for row in layers)

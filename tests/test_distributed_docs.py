@@ -30,8 +30,12 @@ def run(command, folder, num_processes=1, **changes):
             words[words.index(option) + 1] = str(value)
     launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([*launcher[words[0]], *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300,
-                          env=environment)
+    for _ in range(2):
+        done = subprocess.run([*launcher[words[0]], *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300,
+                              env=environment)
+        # at times a process of torch 2.13 aborts at its exit, with a thread of gloo's left, when all is done
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     return losses(done.stdout)
 

@@ -1,5 +1,6 @@
 """Our backend for transformers beyond the families: choice of route, sentinels, memory, generation."""
 
+import copy
 import inspect
 import types
 
@@ -105,6 +106,15 @@ def assert_same(experts, inputs, tolerance=2e-5):
         assert (got - expected).norm() <= tolerance * expected.norm() + 1e-7
 
 
+def assert_no_worse(experts, inputs):
+    """Ours is as near to eager in fp32 as eager is in the dtype of the experts."""
+    exact_inputs = [x.detach().float().requires_grad_() if x.requires_grad else x for x in inputs]
+    exact, _ = both(copy.deepcopy(experts).float(), exact_inputs)
+    for truth, eager, got in zip(exact, *both(experts, inputs)):
+        assert got.dtype == eager.dtype
+        assert (got.float() - truth).norm() <= 1.2 * (eager.float() - truth).norm() + 2e-3 * truth.norm()
+
+
 def clamped(self, gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     gate = gate.clamp(max=self.limit)
@@ -204,7 +214,11 @@ def test_every_layout_and_activation(name, device, dtype):
     options, route, detail = LAYOUTS[name]
     experts = make_experts(**options).to(device, dtype)
     assert mk.hf.plan_of(experts) == (route, detail)
-    assert_same(experts, routed(device=device, dtype=dtype), 2e-5 if dtype == torch.float32 else 2e-2)
+    inputs = routed(device=device, dtype=dtype)
+    if dtype == torch.float32:
+        assert_same(experts, inputs)
+    else:
+        assert_no_worse(experts, inputs)
 
 
 def test_an_activation_set_on_the_object_is_its_own():
