@@ -29,31 +29,41 @@ def torch_plan(ids, num_experts):
     return order, ends, position
 
 
-def routing_stages(routing, device):
-    """stage -> (implementation -> function) for gate, plan and both, with fp32 logits, sigmoid scores and a bias."""
+def routing_stages(routing, device, copies=1):
+    """stage -> (implementation -> function) for gate, plan and both, with fp32 logits, sigmoid scores and a bias.
+
+    A function does its stage for `copies` inputs, one after the other.
+    """
     import moe_kernels
 
     generator = make_generator(device, seed=3)
-    logits = normal((routing.num_tokens, routing.num_experts), 1.0, torch.float32, device, generator)
+    all_logits = [normal((routing.num_tokens, routing.num_experts), 1.0, torch.float32, device, generator)
+                  for _ in range(copies)]
     bias = normal((routing.num_experts,), 0.1, torch.float32, device, generator)
     top_k, num_experts = routing.top_k, routing.num_experts
 
-    def gate():
+    def gate(logits):
         return moe_kernels.gate(logits, top_k, "sigmoid", bias)
 
-    def torch_gate():
+    def plan(ids):
+        return moe_kernels.make_plan(ids, num_experts)
+
+    def torch_gate(logits):
         scores = logits.sigmoid()
         ids = (scores + bias).topk(top_k, dim=-1).indices
         weights = scores.gather(1, ids)
         return weights / (weights.sum(-1, keepdim=True) + 1e-20), ids
 
-    ids = gate()[1]
+    def for_each(inputs, function):
+        return lambda: [function(x) for x in inputs]
+
+    all_ids = [gate(logits)[1] for logits in all_logits]
     return {
-        "gate": {"moe_kernels": gate, "torch": torch_gate},
-        "plan": {"moe_kernels": lambda: moe_kernels.make_plan(ids, num_experts),
-                 "torch": lambda: torch_plan(ids, num_experts)},
-        "gate+plan": {"moe_kernels": lambda: moe_kernels.make_plan(gate()[1], num_experts),
-                      "torch": lambda: torch_plan(torch_gate()[1], num_experts)},
+        "gate": {"moe_kernels": for_each(all_logits, gate), "torch": for_each(all_logits, torch_gate)},
+        "plan": {"moe_kernels": for_each(all_ids, plan),
+                 "torch": for_each(all_ids, lambda ids: torch_plan(ids, num_experts))},
+        "gate+plan": {"moe_kernels": for_each(all_logits, lambda logits: plan(gate(logits)[1])),
+                      "torch": for_each(all_logits, lambda logits: torch_plan(torch_gate(logits)[1], num_experts))},
     }
 
 
