@@ -53,12 +53,13 @@ PYBIND11_MODULE(_C, module) {
       "Makes every product of the sm_80 engine use this tile from now on; \"auto\" ends that. For tests and tuning.");
   module.def(
       "choose_engine",
-      [](int64_t num_rows, int compute_capability) {
+      [](int64_t num_rows, int64_t expert_elements, int compute_capability) {
         const moe::DeviceLimits limits{compute_capability, 1, 0, 0};
-        return std::string(kEngineNames[static_cast<int>(moe::choose_engine(num_rows, limits))]);
+        return std::string(kEngineNames[static_cast<int>(moe::choose_engine(num_rows, expert_elements, limits))]);
       },
-      pybind11::arg("num_rows"), pybind11::arg("compute_capability"),
-      "The engine of up_proj and grouped_mm on a card of this compute capability (90 for 9.0): sm80 or sm90.");
+      pybind11::arg("num_rows"), pybind11::arg("expert_elements"), pybind11::arg("compute_capability"),
+      "The engine of up_proj and grouped_mm, with so many elements in an expert's weights, on a card of this compute "
+      "capability (90 for 9.0): sm80 or sm90.");
   module.def(
       "force_engine", [](const std::string& name) { moe::force_engine(engine_by_name(name)); }, pybind11::arg("engine"),
       "Makes every product use this engine, where the card has it, from now on; \"auto\" ends that. For tests and "

@@ -79,9 +79,9 @@ def machine_lines():
 
 def _engine(capability):
     """Which engine of the compiled module computes the grouped products on a card of this compute capability."""
-    many, few = (schemas.compiled_module.choose_engine(rows, capability) for rows in (1024, 1))
+    many, few = (schemas.compiled_module.choose_engine(rows, 1, capability) for rows in (1024, 1))
     if many == "sm90":
-        return f"sm_90a engine (wgmma, TMA); for a few rows the {few.replace('sm', 'sm_')} engine (mma.sync)"
+        return f"sm_90a engine (wgmma, TMA); for a few rows of small experts the {few.replace('sm', 'sm_')} engine (mma.sync)"
     return "sm_80 engine (mma.sync)"
 
 

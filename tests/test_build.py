@@ -114,10 +114,11 @@ def test_code_for_ampere_and_hopper_and_ptx_for_newer_cards():
 
 
 @needs_module
-@pytest.mark.parametrize("capability, rows, engine", [(90, 4096, "sm90"), (90, 16, "sm80"), (80, 4096, "sm80"),
-                                                      (89, 4096, "sm80"), (100, 4096, "sm80"), (90, 2**30 + 1, "sm80")])
-def test_hopper_code_is_chosen_on_hopper_alone_and_beyond_a_few_rows(capability, rows, engine):
-    assert schemas.compiled_module.choose_engine(rows, capability) == engine
+@pytest.mark.parametrize("capability, rows, elements, engine", [
+    (90, 4096, 1024, "sm90"), (90, 16, 1024, "sm80"), (90, 16, 2**24, "sm90"), (80, 4096, 1024, "sm80"),
+    (89, 4096, 1024, "sm80"), (100, 4096, 1024, "sm80"), (90, 2**30 + 1, 1024, "sm80")])
+def test_hopper_code_is_chosen_on_hopper_alone_and_beyond_a_few_rows(capability, rows, elements, engine):
+    assert schemas.compiled_module.choose_engine(rows, elements, capability) == engine
 
 
 # ----------------------------------------------------------------------------------------------- the module in torch

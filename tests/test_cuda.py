@@ -236,3 +236,22 @@ def test_memory_that_training_keeps(case):
     rows = case.num_tokens * case.top_k
     wanted = 2 * out.numel() + 2 * rows * 2 * case.intermediate_size + 4 * (2 * rows + case.num_experts + 1)
     assert kept <= wanted + 6 * 512  # the allocator rounds each block up to 512 bytes
+
+
+def shifted(tensor):
+    """The same values, contiguous, in memory that begins one element behind a multiple of 16 bytes."""
+    flat = tensor.new_empty(tensor.numel() + 8)[1:tensor.numel() + 1]
+    return flat.copy_(tensor.detach().flatten()).view(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=backend_id)
+def test_tensors_that_begin_anywhere(dtype):
+    """As parameters that are views of one flat buffer do."""
+    x, y = (Inputs(SIZE, "cuda", dtype) for _ in range(2))
+    for name in ("hidden_states", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "grad_output"):
+        setattr(y, name, shifted(getattr(x, name)))
+        assert getattr(y, name).data_ptr() % 16 != 0
+    assert_same_bits(step(new_logits(0), y), step(new_logits(0), x))
+    plan = mk.make_plan(x.topk_ids, SIZE.num_experts)
+    rows = mk.permute(shifted(x.hidden_states), plan)
+    assert_same_bits([mk.unpermute(shifted(rows), plan, x.topk_weights)], [mk.unpermute(rows, plan, x.topk_weights)])

@@ -47,7 +47,8 @@ void grouped_mm_sm90(const GroupedMmParams& params, cudaStream_t stream) {
 
 void launch_grouped_mm(const GroupedMmParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  const bool sm90 = params.num_experts > 0 && choose_engine(params.num_rows, device_limits()) == Engine::kSm90;
+  const bool sm90 = params.num_experts > 0 &&
+                    choose_engine(params.num_rows, int64_t{params.n} * params.k, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
     if (params.transpose_b) {

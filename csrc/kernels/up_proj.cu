@@ -90,7 +90,9 @@ void up_proj_interleaved_sm90(const UpProjParams& params, cudaStream_t stream) {
 
 void launch_up_proj(const UpProjParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  const bool sm90 = choose_engine(params.num_rows, device_limits()) == Engine::kSm90;
+  const int64_t expert_elements =
+      (params.activation > Activation::kReGLU ? int64_t{1} : 2) * params.intermediate_size * params.hidden_size;
+  const bool sm90 = choose_engine(params.num_rows, expert_elements, device_limits()) == Engine::kSm90;
   dispatch_half(params.dtype, [&](auto element) {
     using Element = decltype(element);
     if (params.is_transposed && !params.is_concatenated) {

@@ -6,13 +6,9 @@
 namespace moe {
 namespace {
 
-void check_matrix(const Tensor& tensor, const char* name) {
-  check(tensor.dim() == 2, name, " must have two dimensions, got ", tensor.dim());
-}
-
 // The rows are moved 16 bytes at a time.
 int width_of(const Tensor& rows, const char* name) {
-  check_matrix(rows, name);
+  check_dim(rows, name, 2);
   const int64_t width = rows.size(1);
   check(width % 8 == 0 && width <= std::numeric_limits<int32_t>::max(), name,
         " must have rows of a multiple of 8 elements, got ", width);
@@ -27,7 +23,8 @@ int checked_top_k(int64_t top_k) {
 }  // namespace
 
 Tensor combine(Tensor rows, OptionalTensor topk_weights, Tensor row_of_slot) {
-  check_matrix(row_of_slot, "row_of_slot");
+  rows = aligned(rows);
+  check_dim(row_of_slot, "row_of_slot", 2);
   const int64_t num_tokens = row_of_slot.size(0), top_k = row_of_slot.size(1);
   const ScalarType dtype = rows.scalar_type();
   const int hidden_size = width_of(rows, "rows");
@@ -49,7 +46,8 @@ Tensor combine(Tensor rows, OptionalTensor topk_weights, Tensor row_of_slot) {
 
 std::tuple<Tensor, Tensor> combine_backward(Tensor grad_output, Tensor rows, Tensor topk_weights, Tensor sorted_rows,
                                             Tensor row_of_slot) {
-  check_matrix(row_of_slot, "row_of_slot");
+  grad_output = aligned(grad_output), rows = aligned(rows);
+  check_dim(row_of_slot, "row_of_slot", 2);
   const int64_t num_tokens = row_of_slot.size(0), top_k = row_of_slot.size(1), num_rows = num_tokens * top_k;
   const ScalarType dtype = rows.scalar_type();
   const int hidden_size = width_of(rows, "rows");
@@ -74,6 +72,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_output, Tensor rows, Ten
 }
 
 Tensor permute(Tensor hidden_states, Tensor sorted_rows, Tensor row_of_slot) {
+  hidden_states = aligned(hidden_states);
   check_dim(row_of_slot, "row_of_slot", 2);
   const int64_t num_tokens = row_of_slot.size(0), top_k = row_of_slot.size(1), num_rows = num_tokens * top_k;
   const ScalarType dtype = hidden_states.scalar_type();
@@ -96,6 +95,7 @@ Tensor permute(Tensor hidden_states, Tensor sorted_rows, Tensor row_of_slot) {
 
 Tensor bias_grad(Tensor grad, OptionalTensor topk_weights, Tensor expert_offsets, OptionalTensor sorted_rows,
                  int64_t top_k) {
+  grad = aligned(grad);
   check(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 2, "expert_offsets must have shape [ E+1 ]");
   check(sorted_rows.has_value() || !topk_weights.has_value(), "topk_weights want sorted_rows to find a row's slot");
   const int64_t num_experts = expert_offsets.size(0) - 1;

@@ -63,11 +63,6 @@ __device__ __forceinline__ uint4 pack8(const float (&values)[8]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <typename Element>
-__device__ __forceinline__ void load8(const Element* from, float (&values)[8]) {
-  unpack8<Element>(*reinterpret_cast<const uint4*>(from), values);
-}
-
 // For memory that nothing writes while the kernel runs.
 template <typename Element>
 __device__ __forceinline__ void load8_readonly(const Element* from, float (&values)[8]) {

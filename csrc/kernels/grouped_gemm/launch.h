@@ -38,9 +38,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Engine { kAuto, kSm80, kSm90 };
 
-// The engine of up_proj and grouped_mm. sm_90a code runs on compute capability 9.0 alone, and only where it was built.
-// kAuto never comes back.
-Engine choose_engine(int64_t num_rows, const DeviceLimits& limits);
+// The engine of up_proj and grouped_mm with so many elements in an expert's weights. sm_90a code runs on compute
+// capability 9.0 alone, and only where it was built. kAuto never comes back.
+Engine choose_engine(int64_t num_rows, int64_t expert_elements, const DeviceLimits& limits);
 
 // The engine of a product whose tiles on sm_90a are 128 rows high.
 Engine padded_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits);
