@@ -98,6 +98,7 @@ __device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>&
           outputs, ring, position, blocks, first_fragment, consumer.leads());
     });
     // Nobody but this consumer reads its fragments of the last stage: the outputs go through that memory.
+    consumer.sync();  // all four warps' products are done
     TransposedStager<kGated> stager(consumer, ring.a(last) + first_fragment * 8192);
     epilogue.store(mine, outputs, stager);
     if (consumer.leads()) {
@@ -108,7 +109,7 @@ __device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>&
   if (consumer.leads()) tma_wait_all();
 }
 
-// 504 registers a thread of each kind are there to share out. The gather keeps 10 row addresses.
+// 504 registers a thread of each kind are there to share out. The gather keeps 12 row addresses.
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __global__ void __launch_bounds__(kThreads, 1)
     swap_ab_kernel(const __grid_constant__ MGroupedOperands<Element> operands,
