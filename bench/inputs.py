@@ -103,7 +103,7 @@ def train_call(layer, inputs):
 
 
 def layer_call(bind, inputs, train):
-    """The layer that bind(inputs) gives, as a pass calls it: a forward, or a forward and backward with all gradients."""
+    """The layer that bind(inputs) gives, as a pass calls it: a forward, or forward and backward with all gradients."""
     if not train:
         return forward_call(bind(inputs))
     leaves = inputs.training()

@@ -192,3 +192,5 @@ def check_grad_buffers(grad_buffers, gate_up_proj, down_proj, is_transposed=Fals
             raise ValueError(f"{name} wants contiguous memory, got strides {list(buffer.stride())}")
         if buffer.requires_grad:
             raise ValueError(f"{name} wants a tensor without requires_grad, got one with it")
+        if buffer.is_cuda and not torch.compiler.is_compiling() and buffer.data_ptr() % 16:
+            raise ValueError(f"{name} wants memory that begins at a multiple of 16 bytes, got {buffer.data_ptr():#x}")

@@ -81,7 +81,8 @@ def _engine(capability):
     """Which engine of the compiled module computes the grouped products on a card of this compute capability."""
     many, few = (schemas.compiled_module.choose_engine(rows, 1, capability) for rows in (1024, 1))
     if many == "sm90":
-        return f"sm_90a engine (wgmma, TMA); for a few rows of small experts the {few.replace('sm', 'sm_')} engine (mma.sync)"
+        few = few.replace("sm", "sm_")
+        return f"sm_90a engine (wgmma, TMA); for a few rows of small experts the {few} engine (mma.sync)"
     return "sm_80 engine (mma.sync)"
 
 

@@ -255,3 +255,13 @@ def test_tensors_that_begin_anywhere(dtype):
     plan = mk.make_plan(x.topk_ids, SIZE.num_experts)
     rows = mk.permute(shifted(x.hidden_states), plan)
     assert_same_bits([mk.unpermute(shifted(rows), plan, x.topk_weights)], [mk.unpermute(rows, plan, x.topk_weights)])
+    buffers = [shifted(torch.zeros_like(weight, dtype=torch.float32)) for weight in (x.gate_up_proj, x.down_proj)]
+    with pytest.raises(ValueError, match=r"grad_buffers\[0\] wants memory that begins at a multiple of 16 bytes, got 0x"):
+        mk.fused_experts(x.hidden_states, x.gate_up_proj, x.down_proj, x.topk_weights, x.topk_ids, grad_buffers=buffers)
+
+
+def test_out_of_memory_says_so():
+    a = torch.zeros(2**20, 8, device="cuda", dtype=torch.bfloat16)
+    weight = torch.zeros(1, 2**23, 8, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="CUDA out of memory. Tried to allocate a tensor of 8796093022208 elements"):
+        mk.grouped_mm(a, weight, torch.tensor([0, 2**20], device="cuda", dtype=torch.int32))

@@ -31,8 +31,8 @@ def run(command, folder, num_processes=1, **changes):
     launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
     for _ in range(2):
-        done = subprocess.run([*launcher[words[0]], *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300,
-                              env=environment)
+        done = subprocess.run([*launcher[words[0]], *words[1:]], cwd=folder, capture_output=True, text=True,
+                              timeout=300, env=environment)
         # at times a process of torch 2.13 aborts at its exit, with a thread of gloo's left, when all is done
         if "terminate called without an active exception" not in done.stderr:
             break

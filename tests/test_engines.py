@@ -36,8 +36,9 @@ def products(x, activation="swiglu", limit=None, layout="rows"):
         x.grad_output, x.topk_weights, x.down_proj, x.down_bias, pre, offsets, sorted_rows, row_of_slot, *options)
     grad_rows = ops.grouped_mm(grad_pre, x.gate_up_proj, None, offsets, not is_rows)
     results = [rows, pre, plain, down, grad_pre, weighted, grad_weights, grad_rows]
-    for grad, a, *gathers in ((grad_pre, x.hidden_states, None, sorted_rows), (x.grad_output, weighted, sorted_rows, None),
-                              (grad_pre, rows, None, None), (x.grad_output, x.hidden_states, sorted_rows, sorted_rows)):
+    grads = ((grad_pre, x.hidden_states, None, sorted_rows), (x.grad_output, weighted, sorted_rows, None),
+             (grad_pre, rows, None, None), (x.grad_output, x.hidden_states, sorted_rows, sorted_rows))
+    for grad, a, *gathers in grads:
         if not is_rows:
             grad, a, gathers = a, grad, gathers[::-1]
         results.append(ops.weight_grad(grad, a, offsets, *gathers, k))

@@ -404,7 +404,7 @@ def test_it_can_be_asked_for_when_a_model_is_loaded(tmp_path):
     assert loaded.config._experts_implementation == "moe_kernels" and "moe_kernels" in ALL_EXPERTS_FUNCTIONS
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_bad_weights_name_themselves():

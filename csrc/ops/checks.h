@@ -47,6 +47,7 @@ void check(bool condition, const Args&... message) {
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), outer_(innermost()) {
+    check(tensor.is_cuda(), "the operators' tensors must be CUDA tensors");
     if (outer_ != nullptr && outer_->device_ == device_) {
       stream_ = outer_->stream_;
     } else {
@@ -154,8 +155,10 @@ inline Tensor new_empty(const Tensor& like, Shape shape, ScalarType dtype) {
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                  code_of(dtype), device_type, like.get_device_index(), &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                                                        code_of(dtype), device_type, like.get_device_index(), &handle);
+  // The interface gives no reason; with these arguments memory is the one there is. Callers look for the words.
+  check(error == AOTI_TORCH_SUCCESS, "CUDA out of memory. Tried to allocate a tensor of ", stride, " elements");
   return Tensor(handle);
 }
 

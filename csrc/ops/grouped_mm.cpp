@@ -53,11 +53,7 @@ Tensor launch_weight_grad(const OptionalTensor& buffer, Tensor grad, Tensor a, c
   params.a_sorted_rows = int_data(a_sorted_rows, "a_sorted_rows", {a_rows});
   params.output = output.data_ptr();
   params.accumulate = buffer.has_value();
-  if (params.accumulate) {
-    checked_data(buffer, "the gradient's buffer", ScalarType::Float, {num_experts, n, k});
-    check(reinterpret_cast<uintptr_t>(params.output) % 16 == 0,
-          "the gradient's buffer must begin at a multiple of 16 bytes");
-  }
+  if (params.accumulate) checked_data(buffer, "the gradient's buffer", ScalarType::Float, {num_experts, n, k});
   params.num_rows = grad_rows;
   params.num_experts = checked_int(num_experts, "num_experts");
   params.n = checked_width(n, "n");

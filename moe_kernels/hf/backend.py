@@ -4,7 +4,8 @@ An experts module of transformers says how its weights lie (has_gate, has_bias, 
 has_post_expert_norm) and holds its activation as `act_fn` and `_apply_gate`. `plan_of` decides how it is served:
 
     fused      one call of `fused_experts`: an activation that the kernels know, and weights [E, 2I, H] and [E, H, I];
-               with silu and gpt-oss's activation also [E, H, 2I] and [E, I, H], gate and up half by half or in turn
+               with silu and gpt-oss's activation also [E, H, 2I] and [E, I, H], with the latter
+               gate and up also in turn
     unfused    make_plan -> permute -> grouped_mm -> the module's own activation -> grouped_mm -> unpermute
 
 An activation is known by its code, never by its name alone: a module's `_apply_gate` must have the bytecode of one of

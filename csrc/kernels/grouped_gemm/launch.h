@@ -38,11 +38,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Engine { kAuto, kSm80, kSm90 };
 
-// The engine of up_proj and grouped_mm with so many elements in an expert's weights. sm_90a code runs on compute
-// capability 9.0 alone, and only where it was built. kAuto never comes back.
+// The engine of grouped_mm, and of up_proj but for interleaved weights, with so many elements in an expert's weights.
+// sm_90a code runs on compute capability 9.0 alone, and only where it was built. kAuto never comes back.
 Engine choose_engine(int64_t num_rows, int64_t expert_elements, const DeviceLimits& limits);
 
-// The engine of a product whose tiles on sm_90a are 128 rows high.
+// The engine of a product whose tiles on sm_90a are 128 rows high: down_proj_backward, up_proj of interleaved weights.
 Engine padded_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits);
 
 // The engine of a weight gradient.
