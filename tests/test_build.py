@@ -88,10 +88,12 @@ def test_no_kernel_reads_or_writes_local_memory():
 
 
 @needs_module
-@pytest.mark.parametrize("kernel", ["m_grouped_kernel", "k_grouped_kernel"])
-@pytest.mark.parametrize("engine, wanted, unwanted", [("sm80", {"HMMA", "LDGSTS"}, {"HGMMA"}),
-                                                      ("sm90", {"HGMMA", "UTMALDG", "UTMASTG|UTMAREDG"}, {"HMMA"})])
-def test_products_run_on_tensor_cores_and_load_asynchronously(kernel, engine, wanted, unwanted):
+@pytest.mark.parametrize("engine, kernel", [("sm80", "m_grouped_kernel"), ("sm80", "k_grouped_kernel"),
+                                            ("sm90", "m_grouped_kernel"), ("sm90", "k_grouped_kernel"),
+                                            ("sm90", "swap_ab_kernel")])
+def test_products_run_on_tensor_cores_and_load_asynchronously(engine, kernel):
+    wanted, unwanted = {"sm80": ({"HMMA", "LDGSTS"}, {"HGMMA"}),
+                        "sm90": ({"HGMMA", "UTMALDG", "UTMASTG|UTMAREDG"}, {"HMMA"})}[engine]
     found = {name: instructions for name, instructions in machine_code().items() if engine in name and kernel in name}
     assert found
     for name, instructions in found.items():
