@@ -46,8 +46,9 @@ def save(folder, step, model, optimizer, trainer, loads, keep=2):
             shutil.rmtree(target)
         temporary.rename(target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write a checkpoint to {folder}: {error}") from error
+    finally:  # after an error or a second Ctrl-C; a whole one has its final name
+        shutil.rmtree(temporary, ignore_errors=True)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target

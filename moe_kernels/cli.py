@@ -49,6 +49,9 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("moe-kernels: interrupted", file=sys.stderr)
         return 130
+    except PermissionError as error:  # a folder above the one named may be closed to this user
+        print(f"moe-kernels: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of a pipe has gone, as in `moe-kernels info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -52,8 +52,12 @@ class Options:
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_blocks", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0 or self.clip <= 0:
-            raise UserError(f"lr and clip must be above 0, got {self.lr} and {self.clip}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("min_lr_ratio", "warmup", "weight_decay", "bias_step"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.dtype not in ("auto", "fp32", "bf16"):
             raise UserError(f"dtype must be auto, fp32 or bf16, got {self.dtype!r}")
 
@@ -134,9 +138,9 @@ class Trainer:
                 if not bar.disable and (last or self.step % 10 == 0):
                     self._show(bar, loads, (self.step - first) / (time.perf_counter() - started))
             self.interrupted = self.step < options.steps
-        self._flush()
-        if self.step > first:
-            self.save()
+            self._flush()
+            if self.step > first:
+                self.save()
 
     def train_step(self):
         """One optimiser step and the bias update after it; returns the loads {layer: [E]}."""

@@ -183,3 +183,12 @@ def test_ctrl_c_outside_training_has_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(cli.checkpoint, "load_model", interrupted)
     assert cli.main(["generate", "--checkpoint", "x", "--prompt", "y"]) == 130
     assert capsys.readouterr().err == "moe-kernels: interrupted\n"
+
+
+def test_a_closed_folder_is_one_line(monkeypatch, capsys):
+    def closed(*arguments):
+        raise PermissionError(13, "Permission denied", "/closed/run")
+
+    monkeypatch.setattr(cli.checkpoint, "steps", closed)  # a folder above the run's that this user may not read
+    assert cli.main(["train", "--out", "/closed/run"]) == 1
+    assert capsys.readouterr().err == "moe-kernels: Permission denied: /closed/run\n"

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -53,6 +55,39 @@ def test_resumed_run_has_the_losses_of_the_uninterrupted(finished, stopped, text
         want, got = (load_file(run.out / "step-00000006" / file) for run in (finished, resumed))
         assert want.keys() == got.keys()
         assert all(torch.equal(want[name], got[name]) for name in want), file
+
+
+def test_ctrl_c_during_the_last_save_lets_it_finish(texts, tmp_path, monkeypatch):
+    def interrupted_save_file(tensors, path, **arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        save_file(tensors, path, **arguments)
+
+    trainer = Trainer(replace(SMALL, steps=1), tmp_path, "cpu", texts, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", lambda *args, **kwargs: (
+            patch.setattr(checkpoint, "save_file", save_file), interrupted_save_file(*args, **kwargs)))
+        trainer.run()
+    assert not trainer.interrupted and [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert Trainer.resume(tmp_path, "cpu", texts=texts, progress=False).step == 1
+
+
+def test_a_save_that_is_killed_leaves_nothing(finished, tmp_path, monkeypatch):
+    def killed(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 6, finished.model, finished.optimizer, {}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"lr": math.nan}, "lr must be above 0, got nan"), ({"clip": 0.0}, "clip must be above 0, got 0.0"),
+    ({"warmup": -1}, "warmup must be at least 0, got -1"), ({"bias_step": math.nan}, "bias_step must be at least 0"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0"), ({"min_lr_ratio": -3.0}, "min_lr_ratio must be at l")])
+def test_options_that_cannot_train(options, message):
+    with pytest.raises(UserError, match=message):
+        Options(**options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a step is a graph on a GPU alone")
