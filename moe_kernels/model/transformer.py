@@ -122,7 +122,8 @@ class MoETransformer(nn.Module):
         return self.lm_head(hidden_states[:, -1:] if last_only else hidden_states)
 
     def loss(self, tokens):
-        """Mean cross entropy of every next token, the prediction modules' and the balance loss added where enabled.
+        """Mean cross entropy of every next token; the prediction modules' loss is added where enabled, and the balance
+        loss too, in training.
 
         Args: tokens: [B, L + 1] integers.
         Source: DeepSeek-V3 report, equations 17 to 25.
@@ -132,9 +133,8 @@ class MoETransformer(nn.Module):
         total = next_token
         if self.config.num_mtp_layers:
             total = total + self.config.mtp_loss_weight * self._prediction_loss(hidden_states, tokens)
-        for layer in moe_layers(self):
-            if self.config.sequence_balance_alpha:
-                total = total + layer.sequence_balance_loss
+        if self.training and self.config.sequence_balance_alpha:
+            total = total + sum(layer.sequence_balance_loss for layer in moe_layers(self))
         return Loss(total, next_token)
 
     def _prediction_loss(self, hidden_states, tokens):
