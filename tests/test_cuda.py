@@ -256,7 +256,7 @@ def test_tensors_that_begin_anywhere(dtype):
     rows = mk.permute(shifted(x.hidden_states), plan)
     assert_same_bits([mk.unpermute(shifted(rows), plan, x.topk_weights)], [mk.unpermute(rows, plan, x.topk_weights)])
     buffers = [shifted(torch.zeros_like(weight, dtype=torch.float32)) for weight in (x.gate_up_proj, x.down_proj)]
-    with pytest.raises(ValueError, match=r"grad_buffers\[0\] wants memory that begins at a multiple of 16 bytes, got 0x"):
+    with pytest.raises(ValueError, match=r"grad_buffers\[0\] wants memory that begins at a multiple of 16 bytes, got"):
         mk.fused_experts(x.hidden_states, x.gate_up_proj, x.down_proj, x.topk_weights, x.topk_ids, grad_buffers=buffers)
 
 
