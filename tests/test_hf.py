@@ -165,6 +165,13 @@ def oai_swapped(self, gate_up):
     return gated_output
 
 
+def clamped_below(self, gate_up):  # as `clamped`, but for one keyword
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(min=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) * up
+
+
 OAI = {"activation": "swiglu_oai", "swiglu_limit": 0.5, "swiglu_alpha": 1.3}
 GPT_OSS = {"is_concatenated": False, "is_transposed": True, "has_bias": True}
 
@@ -180,6 +187,7 @@ LAYOUTS = {
     "clamp": ({"body": {"_apply_gate": clamped}}, "fused", {"activation": "swiglu", "swiglu_limit": 0.5}),
     "clamped gelu": ({"body": {"_apply_gate": clamped}, "hidden_act": "gelu"}, "unfused", "a limit of 0.5 on geglu"),
     "another clamp": ({"body": {"_apply_gate": clamped_on_one_side}}, "unfused", "an _apply_gate of its own"),
+    "a clamp from below": ({"body": {"_apply_gate": clamped_below}}, "unfused", "an _apply_gate of its own"),
     "swapped halves": ({"body": {"_apply_gate": swapped}}, "unfused", "an _apply_gate of its own"),
     "quick_gelu": ({"hidden_act": "quick_gelu"}, "unfused", "activation QuickGELUActivation"),
     "gated relu2": ({"hidden_act": "relu2"}, "unfused", "activation ReLUSquaredActivation"),
@@ -404,7 +412,28 @@ def test_it_can_be_asked_for_when_a_model_is_loaded(tmp_path):
     assert loaded.config._experts_implementation == "moe_kernels" and "moe_kernels" in ALL_EXPERTS_FUNCTIONS
 
 
+@pytest.mark.parametrize("change", [
+    lambda act_fn: setattr(act_fn, "forward", lambda x: F.silu(x + 1)),
+    lambda act_fn: act_fn.register_forward_hook(lambda module, args, output: 2 * output),
+    lambda act_fn: act_fn.register_forward_pre_hook(lambda module, args: (args[0] + 1,))],
+    ids=["forward", "hook", "pre"])
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_an_activation_that_was_changed_runs_as_changed(change, has_gate):
+    experts = make_experts(has_gate=has_gate)
+    assert mk.hf.plan_of(experts)[0] == "fused"
+    change(experts.act_fn)
+    assert mk.hf.plan_of(experts) == ("unfused", f"activation {type(experts.act_fn).__name__}")
+    assert_same(experts, routed())
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_weights_in_fp8_name_themselves_and_what_to_use():
+    experts = make_experts().to(torch.float8_e4m3fn)
+    experts.config._experts_implementation = "moe_kernels"
+    with pytest.raises(TypeError, match="'moe_kernels' wants weights of dtype .* got float8_e4m3fn: 'eager' may"):
+        experts(*routed())
 
 
 def test_bad_weights_name_themselves():

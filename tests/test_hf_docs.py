@@ -30,6 +30,14 @@ def test_an_unknown_family_names_itself_and_what_to_use(family, instead):
     assert instead in str(error.value)
 
 
+def test_transformers_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    (tmp_path / "transformers.py").write_text("import a_package_that_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(ImportError, match="and importing it fails: No module named 'a_package_that_it_needs'"):
+        mk.hf.register()
+
+
 @pytest.mark.parametrize("call", [mk.hf.register, lambda: mk.replace_moe_layers(torch.nn.Linear(1, 1)), families.table])
 def test_transformers_missing_or_too_old(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)

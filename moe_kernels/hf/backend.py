@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
 from ..activation import CLAMPED
 
 NAME = "moe_kernels"
@@ -105,6 +105,8 @@ def _instructions(function):
             value = step.arg
         elif step.opname == "LOAD_GLOBAL":
             value = (step.argval, function.__globals__.get(step.argval))
+        elif step.opname == "KW_NAMES":  # of which dis of Python 3.11 tells no value
+            value = function.__code__.co_consts[step.arg]
         steps.append((step.opname, value))
     return steps
 
@@ -145,9 +147,16 @@ def _name_of_class(activation_class):
     return _names_of_classes().get(activation_class)
 
 
+def _is_changed(act_fn):
+    """Whether somebody has put another forward, or hooks, on this one object."""
+    return "forward" in act_fn.__dict__ or bool(act_fn._forward_hooks) or bool(act_fn._forward_pre_hooks)
+
+
 def _scalar_name(act_fn):
     """silu, gelu, gelu_tanh, relu, relu2, or None for what is none of them."""
     if isinstance(act_fn, nn.Module):
+        if _is_changed(act_fn):
+            return None
         if type(act_fn) is nn.GELU:
             return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
         return _name_of_class(type(act_fn))
@@ -239,9 +248,14 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights):
         top_k_index: [T, K] int32 or int64; an id outside [0, E), a sentinel of expert parallelism, contributes nothing.
         top_k_weights: [T, K] of any floating dtype; multiplied in fp32.
     Returns: [T, H] in the dtype of hidden_states.
-    Raises: ValueError, TypeError of `fused_experts` or `grouped_mm` on what they do not take.
+    Raises: TypeError on weights of another dtype, such as fp8; ValueError, TypeError of `fused_experts` or `grouped_mm`
+        on what they do not take.
     """
     up, down, up_bias, down_bias = weights_of(module)
+    if up.dtype not in checks.FLOAT_DTYPES:
+        got = str(up.dtype).removeprefix("torch.")
+        raise TypeError(f"{type(module).__name__} with experts_implementation '{NAME}' wants weights of dtype float32, "
+                        f"float64, bfloat16 or float16, got {got}: 'eager' may take them")
     x = hidden_states.to(up.dtype)
     weights = top_k_weights if x.dtype == top_k_weights.dtype == torch.float64 else top_k_weights.float()
     route, detail = plan_of(module)
@@ -270,6 +284,8 @@ def experts_interface():
     try:
         import transformers
     except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError) or error.name != "transformers":
+            raise ImportError(f"{wanted}, and importing it fails: {' '.join(str(error).split())}") from error
         raise ImportError(f"{wanted}, which is not installed: {install}") from error
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
