@@ -2,6 +2,7 @@
 
 import math
 import sysconfig
+import zlib
 from pathlib import Path
 
 import torch
@@ -76,13 +77,17 @@ class Blocks:
         return torch.stack([self._block(index * self.num_blocks // count) for index in range(count)])
 
     def state(self):
-        return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_bytes": self.data.numel()}
+        return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_bytes": self.data.numel(),
+                "crc32": zlib.crc32(self.data.numpy())}
 
     def load_state(self, state):
         """Raises: UserError when the state is of another text."""
+        own = self.state()
         if state["num_bytes"] != self.data.numel():
             raise UserError(f"the checkpoint was trained on {state['num_bytes']} bytes of text, "
                             f"this text has {self.data.numel()}: resume with the same --data")
+        if state.get("crc32", own["crc32"]) != own["crc32"]:
+            raise UserError("the checkpoint was trained on another text of this length: resume with the same --data")
         self.seed, self.epoch, self.cursor = state["seed"], state["epoch"], state["cursor"]
         self._order = self._shuffle()
 

@@ -99,7 +99,7 @@ def _check(prompts, max_new_tokens, temperature, top_p, config):
         raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}, got {lowest} to {highest}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")

@@ -215,6 +215,10 @@ class MoE(nn.Module):
                  renormalize=True, routed_scaling_factor=1.0, bias=True, activation="swiglu", swiglu_limit=None,
                  expert_bias=False, sequence_balance_alpha=0.0, vocab_size=None, hash_seed=0, device=None, dtype=None):
         super().__init__()
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
+        for name, size in sizes.items():
+            checks.check_integer(name, size, 1)
+        checks.check_integer("num_shared_experts", num_shared_experts, 0)
         factory = {"device": device, "dtype": dtype}
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.sequence_balance_alpha, self.sequence_balance_loss = sequence_balance_alpha, None

@@ -117,7 +117,8 @@ def test_no_tokens_asked_for(model):
 @pytest.mark.parametrize("arguments, options, text", [
     (([], 4), {}, "prompts"), (([[1], []], 4), {}, "prompts"), (([[80]], 4), {}, "from 0 to 79, got 80"),
     (([[1]], -1), {}, "max_new_tokens"), (([[1]], 4), {"temperature": -1.0}, "temperature"),
-    (([[1]], 4), {"top_p": 0.0}, "top_p"), (([[1]], 4), {"top_p": 1.5}, "top_p")])
+    (([[1]], 4), {"temperature": float("nan")}, "temperature"), (([[1]], 4), {"top_p": 0.0}, "top_p"),
+    (([[1]], 4), {"top_p": 1.5}, "top_p")])
 def test_unsuitable_arguments_are_named(model, arguments, options, text):
     with pytest.raises(ValueError, match=text):
         generate.generate(model, *arguments, **options)

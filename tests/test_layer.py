@@ -236,3 +236,13 @@ def test_hugging_face_layer(renormalize, groups, kept, device):
         grads.append(torch.autograd.grad(out.square().sum(), [x, *(parameters[name] for name in names)]))
     for mine, other in zip(*grads):
         assert relative_error(mine, other) < 1e-5
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    ({"hidden_size": 0}, ValueError, "hidden_size wants at least 1, got 0"),
+    ({"num_experts": 0}, ValueError, "num_experts wants at least 1, got 0"),
+    ({"intermediate_size": 8.0}, TypeError, "intermediate_size wants an integer, got float"),
+    ({"num_shared_experts": -1}, ValueError, "num_shared_experts wants at least 0, got -1")])
+def test_sizes_that_make_no_layer(changes, error, message):
+    with pytest.raises(error, match=message):
+        mk.MoE(**{"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "top_k": 2} | changes)

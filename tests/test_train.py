@@ -253,6 +253,8 @@ def test_weights_of_another_shape_are_refused(stopped):
 def test_resuming_wants_the_same_text_and_a_checkpoint(stopped, texts, tmp_path_factory):
     with pytest.raises(UserError, match="resume with the same --data"):
         resume(stopped, (texts[0][:-1], texts[1]))
+    with pytest.raises(UserError, match="another text of this length"):
+        resume(stopped, (texts[0].flip(0), texts[1]))
     with pytest.raises(UserError, match="no checkpoint in"):
         resume(tmp_path_factory.mktemp("empty"), texts)
     with pytest.raises(UserError, match="no checkpoint in"):

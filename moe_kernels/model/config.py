@@ -54,7 +54,8 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
-                 "qk_rope_head_dim", "v_head_dim", "num_experts", "top_k", "expert_intermediate_size")
+                 "qk_rope_head_dim", "v_head_dim", "num_experts", "top_k", "expert_intermediate_size",
+                 "num_expert_groups", "topk_groups")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
