@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from moe_kernels import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_MODULE_MB = 20
-BUILD_INPUTS = ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "moe_kernels")
+BUILD_INPUTS = ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE", "csrc",
+                "moe_kernels")
 
 
 @functools.cache
@@ -166,6 +168,17 @@ def build(checkout, choice):
         environment.pop(name, None)
     return subprocess.run([sys.executable, "setup.py", "build", "--build-base", "out", "--build-lib", "out/lib"],
                           cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_source_distribution_has_what_a_build_reads(checkout):
+    pytest.importorskip("setuptools")
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "--dist-dir", "dist"], cwd=checkout,
+                   check=True, capture_output=True, timeout=120)
+    with tarfile.open(next((checkout / "dist").glob("*.tar"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    paths = (path for name in BUILD_INPUTS for path in (checkout / name, *(checkout / name).rglob("*")))
+    wanted = {str(path.relative_to(checkout)) for path in paths if path.is_file()}
+    assert "csrc/kernels/up_proj.cu" in wanted and wanted <= packed, sorted(wanted - packed)
 
 
 @pytest.mark.parametrize("choice", ["0", "auto"])
