@@ -378,6 +378,8 @@ def test_check_needs_no_torch():
 def test_pytest_benchmark_files_run():
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
-    on_the_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, and this process is not one of its workers
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    on_the_cpu = {**inherited, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=on_the_cpu)
     assert done.returncode == 0 and "test_up_proj" in done.stdout, done.stdout + done.stderr
