@@ -24,9 +24,12 @@ def _gate(ops):
         router_logits, _, _, _, score_fn, _, _, renormalize, scale = inputs
         ctx.save_for_backward(router_logits, output[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else autograd fills zeros [T, K] as the gradient of topk_ids, another kernel
         ctx.options = (score_fn, renormalize, scale)
 
     def backward(ctx, grad_topk_weights, _):
+        if grad_topk_weights is None:
+            return (None,) * 9
         router_logits, topk_ids = ctx.saved_tensors
         grad = ops.gate_backward(grad_topk_weights.contiguous(), router_logits, topk_ids, *ctx.options)
         return grad, *[None] * 8

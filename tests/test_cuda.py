@@ -10,6 +10,8 @@ import pytest
 import torch
 from cases import (CASES, HALVES, SMALL, Case, Inputs, assert_close, assert_same_bits, backend_id, case_id,
                    relative_error, tolerance)
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 import moe_kernels as mk
 from moe_kernels import ops, schemas
@@ -94,6 +96,40 @@ def test_no_host_sync(dtype):
         step(logits, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels_of(function):
+    """The names of the kernels that a call launches; another one before it sets up what needs it."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+
+
+# 400 slots are sorted by one block; 40,000 are counted by one kernel and placed by another
+@pytest.mark.parametrize("num_tokens, plan_kernels", [(200, 1), (20_000, 2)])
+def test_number_of_kernels(num_tokens, plan_kernels):
+    """One a stage, two for the plan of many slots, and none of torch's beside them."""
+    x = Inputs(Case("launches", num_tokens, 8, 2, 128, 64), "cuda", torch.bfloat16)
+    logits = torch.randn(num_tokens, 8, device="cuda", requires_grad=True)
+    bias = torch.randn(8, device="cuda")
+    weights, ids = mk.gate(logits, 2)
+    grad = torch.ones_like(weights)
+    calls = {
+        "gate": (1, lambda: mk.gate(logits, 2)),
+        "gate in groups": (1, lambda: mk.gate(logits, 2, "softmax", bias, 4, 2)),
+        "gate of given ids": (1, lambda: mk.gate(logits, 2, topk_ids=ids)),
+        "gate backward": (1, lambda: torch.autograd.grad(weights, logits, grad, retain_graph=True)),
+        "plan": (plan_kernels, lambda: mk.make_plan(ids, 8)),
+        "experts": (plan_kernels + 3, lambda: mk.fused_experts(x.hidden_states, x.gate_up_proj, x.down_proj,
+                                                               x.topk_weights, x.topk_ids)),
+    }
+    for name, (most, call) in calls.items():
+        kernels = kernels_of(call)
+        assert 1 <= len(kernels) <= most and all("moe::" in kernel for kernel in kernels), f"{name}: {kernels}"
 
 
 def test_side_stream():

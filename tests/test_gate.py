@@ -4,6 +4,7 @@ import oracle
 import pytest
 import torch
 from cases import DEVICES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_kernels as mk
 from moe_kernels import ops
@@ -170,6 +171,21 @@ def test_gradient(score_fn, renormalize, device, dtype, run_twice):
         # renormalised weights of one expert a token are constant: what is left is rounding
         scale = ref.norm() if top_k > 1 or not renormalize else grad.norm().double().cpu()
         assert (out.cpu().double() - ref).norm() <= allowed * scale + 1e-12
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_backward_is_one_operator(device):
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names.append(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    logits, _ = random_logits(5, 12, device, torch.float32)
+    weights, _ = mk.gate(logits.requires_grad_(), 3)
+    grad, names = torch.ones_like(weights), []
+    with Recorder(), torch.autograd.set_multithreading_enabled(False):  # the mode belongs to this thread
+        torch.autograd.grad(weights, logits, grad)
+    assert [name.split("::")[1] for name in names] == ["gate_backward"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
