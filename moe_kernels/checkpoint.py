@@ -23,6 +23,8 @@ from .model import ModelConfig, MoETransformer
 
 _FORMAT = "moe_kernels training checkpoint, version 1"
 _FOLDER = re.compile(r"step-(\d{8})")
+_TRAINER = {"step": int, "options": {}, "data": {"seed": int, "epoch": int, "cursor": int, "num_bytes": int},
+            "history": {"losses": [float], "validation": [[(int, float)]]}, "load_steps": [int]}  # of trainer.json
 
 
 def save(folder, step, model, optimizer, trainer, loads, keep=2):
@@ -75,7 +77,11 @@ def load_model(path, device="cpu"):
     """The model of a checkpoint folder, its weights in fp32. Raises: UserError in one line on anything unsuitable."""
     path = find(path)
     config = _read_config(path)
-    model = MoETransformer(config)
+    try:
+        model = MoETransformer(config)
+    except (RuntimeError, TypeError, ValueError) as error:  # a size out of range, or too much memory
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path / 'config.json'} describes no model that can be made here: {reason}") from error
     load_weights(path, model)
     return model.to(device)
 
@@ -100,9 +106,9 @@ def read_trainer(path):
     if trainer.get("format") != _FORMAT:
         raise UserError(f"{path} is no checkpoint of moe-kernels train: trainer.json says "
                         f"format {trainer.get('format')!r}")
-    missing = [key for key in ("step", "options", "data", "history", "load_steps") if key not in trainer]
-    if missing:
-        raise UserError(f"{path / 'trainer.json'} lacks {', '.join(missing)}")
+    misfit = _misfit("trainer.json", trainer, _TRAINER)
+    if misfit is not None:
+        raise UserError(f"{path / 'trainer.json'} lacks {misfit} as moe-kernels train writes it")
     return trainer
 
 
@@ -162,8 +168,21 @@ def _restore_random_states(tensors):
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
+def _misfit(name, value, form):
+    """The name of what in a JSON value is not as in `form`, a type or a dict or list of forms; None when all is."""
+    if isinstance(form, dict) and isinstance(value, dict):
+        misfits = (_misfit(key, value.get(key), part) for key, part in form.items())
+    elif isinstance(form, list) and isinstance(value, list):
+        misfits = (_misfit(name, item, form[0]) for item in value)
+    elif not isinstance(form, (dict, list)) and isinstance(value, form):
+        return None
+    else:
+        return name
+    return next((misfit for misfit in misfits if misfit is not None), None)
+
+
 def _read_config(path):
-    config = _read_json(path / "config.json")
+    config = {"model_type": None} | _read_json(path / "config.json")  # one that names no model is no model's
     try:
         return ModelConfig.from_hf(config)
     except (ValueError, TypeError) as error:
@@ -184,7 +203,7 @@ def _read_json(path):
         value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"the checkpoint lacks {path}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, no JSON, or numbers and depths out of reach
         raise UserError(f"{path} is truncated or no JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")

@@ -1,6 +1,8 @@
 """Argument checks of the public functions. Each raises ValueError or TypeError that names the argument, what it wants
 and what it got, before anything is launched."""
 
+import typing
+
 import torch
 
 from .activation import ACTIVATIONS, CLAMPED, is_gated
@@ -71,11 +73,26 @@ def check_num_rows(num_tokens, top_k):
         raise ValueError(f"topk_ids wants T*K below 2^31 rows, got {num_tokens} * {top_k}")
 
 
-def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name, value):
+    """An int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} wants a number, got {type(value).__name__}")
+
+
+def _check_positive(name, value):
+    check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} wants a number above 0, got {value}")
+
+
+def check_fields(options):
+    """Every field of a dataclass is of its annotated type; an int is also a float, a bool is neither of them."""
+    for name, kind in typing.get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            wanted = kind.__name__ if isinstance(kind, type) else kind
+            raise TypeError(f"{name} wants {wanted}, got {type(value).__name__}")
 
 
 def check_activation(activation, swiglu_limit, swiglu_alpha=None):

@@ -113,8 +113,10 @@ def _device(options):
         return None
     try:
         device = torch.device(options.device)
+        if device.type not in ("cpu", "cuda"):  # torch knows more, such as meta, on which nothing here runs
+            raise UserError(f"--device wants cpu or cuda, got {options.device}")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {options.device}: {str(error).splitlines()[0]}") from error
     return device
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import balance, checkpoint, data, ops
+from . import balance, checkpoint, checks, data, ops
 from .errors import UserError
 from .graphed import GraphedStep
 from .model import ModelConfig, MoETransformer
@@ -49,6 +49,10 @@ class Options:
     seed: int = 0
 
     def __post_init__(self):
+        try:
+            checks.check_fields(self)
+        except TypeError as error:
+            raise UserError(str(error)) from error
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_blocks", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -115,7 +119,10 @@ class Trainer:
         path = checkpoint.find(path)
         trainer = checkpoint.read_trainer(path)
         known = {field.name for field in fields(Options)}
-        options = Options(**{name: value for name, value in trainer["options"].items() if name in known})
+        try:
+            options = Options(**{name: value for name, value in trainer["options"].items() if name in known})
+        except UserError as error:
+            raise UserError(f"{path / 'trainer.json'} has options that cannot train: {error}") from error
         run = cls(options, path.parent, device, **arguments)
         run.blocks.load_state(trainer["data"])
         loads = checkpoint.load_training(path, run.model, run.optimizer)

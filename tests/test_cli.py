@@ -95,8 +95,9 @@ def test_errors_of_training_are_one_line(text, run, tmp_path, capsys):
     assert "holds a run already" in failure(capsys, *train, "--out", str(run))
     assert "no checkpoint in" in failure(capsys, "train", "--resume", str(tmp_path / "empty"))
     assert "batch_size must be at least 1" in failure(capsys, *train, "--batch-size", "0", "--out", str(tmp_path / "c"))
-    assert "no device nonsense" in failure(capsys, "train", "--data", text, "--device", "nonsense", "--out",
-                                           str(tmp_path / "d"))
+    for device, message in {"nonsense": "no device nonsense", "meta": "--device wants cpu or cuda, got meta",
+                            "mps": "--device wants cpu or cuda, got mps", "hpu": "wants cpu or cuda, got hpu"}.items():
+        assert message in failure(capsys, *train, "--device", device, "--out", str(tmp_path / "d"))
 
 
 def test_errors_of_generation_are_one_line(run, tmp_path, capsys):
@@ -110,6 +111,11 @@ def test_errors_of_generation_are_one_line(run, tmp_path, capsys):
         content = (checkpoint.find(run) / file).read_bytes()
         (broken / file).write_bytes(content if file == "config.json" else content[:1000])
     assert "model.safetensors is truncated" in failure(capsys, *generate, str(broken))
+    for content in ("[]", "{}", '{"epoch": 3}'):
+        (broken / "config.json").write_text(content)
+        (broken / "trainer.json").write_text(content)
+        assert "config.json" in failure(capsys, *generate, str(broken))
+        assert "trainer.json" in failure(capsys, "train", "--resume", str(broken), "--device", "cpu")
 
 
 @pytest.mark.parametrize("arguments", [["info", "gpt"], ["train", "--preset", "gpt"], ["train", "--steps", "many"],

@@ -150,6 +150,17 @@ def test_impossible_sizes_are_refused(change):
         ModelConfig.from_dict(BASE.to_dict() | change)
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"hidden_size": "64"}, "hidden_size wants int, got str"), ({"top_k": True}, "top_k wants int, got bool"),
+    ({"q_lora_rank": 1.5}, r"q_lora_rank wants int \| None, got float"), ({"renormalize": 1}, "renormalize wants bool"),
+    ({"rope_scaling": {"factor": 2}}, r"rope_scaling\['original_max_position_embeddings'\] wants a number, got None"),
+    ({"rope_scaling": {"factor": "x", "original_max_position_embeddings": 8}}, r"rope_scaling\['factor'\] wants a")])
+def test_fields_of_another_type_are_refused(change, message):
+    assert ModelConfig.from_dict(BASE.to_dict() | {"rope_theta": 10000}).rope_theta == 10000  # an int is a float too
+    with pytest.raises(TypeError, match=message):
+        ModelConfig.from_dict(BASE.to_dict() | change)
+
+
 def test_presets_have_the_parameters_they_claim():
     total, active = count_parameters(PRESETS["deepseek-v4-1t"])
     assert abs(total / 1.026e12 - 1) < 1e-3 and abs(active / 32.5e9 - 1) < 2e-3

@@ -226,6 +226,50 @@ def test_broken_checkpoint_is_one_line_that_names_the_file(stopped, texts, file,
         resume(stopped, texts)
 
 
+@pytest.mark.parametrize("content, trainer_says, config_says", [
+    ("[]", "must hold a JSON object", "must hold a JSON object"),
+    ("{}", "trainer.json says format None", "model_type must be 'deepseek_v3', got None"),
+    ('{"epoch": 3, "global_step": 7}', "trainer.json says format None", "model_type must be 'deepseek_v3', got None"),
+    ("[" * 100_000, "trainer.json is truncated or no JSON", "config.json is truncated or no JSON")])
+def test_json_of_another_program_is_one_line(stopped, texts, content, trainer_says, config_says):
+    folder = stopped / "step-00000003"
+    before = (folder / "trainer.json").read_text()
+    (folder / "trainer.json").write_text(content)
+    with pytest.raises(UserError, match=trainer_says):
+        resume(stopped, texts)
+    (folder / "trainer.json").write_text(before)
+    (folder / "config.json").write_text(content)
+    for read in (lambda: resume(stopped, texts), lambda: checkpoint.load_model(stopped)):
+        with pytest.raises(UserError, match=config_says):
+            read()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"step": "3"}, "lacks step as"), ({"options": []}, "lacks options as"), ({"data": {}}, "lacks seed as"),
+    ({"history": {"losses": ["a"], "validation": []}}, "lacks losses as"), ({"load_steps": None}, "lacks load_steps"),
+    ({"history": {"losses": [], "validation": [3, 8.0]}}, "lacks validation as"),
+    ({"options": {"steps": "many"}}, "options that cannot train: steps wants int, got str"),
+    ({"options": {"seed": True}}, "options that cannot train: seed wants int, got bool"),
+    ({"options": {"data": 3}}, r"options that cannot train: data wants str \| None, got int")])
+def test_trainer_json_of_another_form_is_one_line(stopped, texts, change, message):
+    path = stopped / "step-00000003" / "trainer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=f"trainer.json .*{message}"):
+        resume(stopped, texts)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"hidden_size": 12.5}, "hidden_size wants int, got float"), ({"rms_norm_eps": "x"}, "rms_norm_eps wants float"),
+    ({"scoring_func": "tanh"}, "score_fn wants one of"), ({"intermediate_size": -3}, "negative dimension"),
+    ({"vocab_size": 10**14}, "memory|too large|overflow")])
+def test_config_of_no_model_is_one_line(stopped, change, message):
+    path = stopped / "step-00000003" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=f"config.json describes no model .*({message})") as raised:
+        checkpoint.load_model(stopped)
+    assert "\n" not in str(raised.value)
+
+
 def test_checkpoint_of_another_program_or_model_is_refused(stopped, texts):
     folder = stopped / "step-00000003"
     trainer, config = (json.loads((folder / name).read_text()) for name in ("trainer.json", "config.json"))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 
+from ..checks import check_fields, check_number
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -16,7 +18,7 @@ class ModelConfig:
     one MLP of width `num_shared_experts * expert_intermediate_size`. `q_lora_rank=None` projects queries directly.
     `rope_scaling` is None or YaRN's options in Hugging Face's words (`factor`, `original_max_position_embeddings`,
     `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`).
-    Raises: ValueError on sizes that cannot work together.
+    Raises: TypeError on a field of another type, ValueError on sizes that cannot work together.
     """
 
     vocab_size: int = 256
@@ -53,6 +55,7 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
+        check_fields(self)
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
                  "qk_rope_head_dim", "v_head_dim", "num_experts", "top_k", "expert_intermediate_size",
                  "num_expert_groups", "topk_groups")
@@ -69,8 +72,8 @@ class ModelConfig:
         if self.num_experts % self.num_expert_groups:
             raise ValueError(f"num_experts={self.num_experts} must divide into num_expert_groups="
                              f"{self.num_expert_groups}")
-        if self.rope_scaling is not None and self.rope_scaling.get("rope_type", "yarn") != "yarn":
-            raise ValueError(f"rope_scaling knows rope_type 'yarn', got {self.rope_scaling['rope_type']!r}")
+        if self.rope_scaling is not None:
+            _check_yarn(self.rope_scaling)
 
     @classmethod
     def preset(cls, name, **changes):
@@ -132,6 +135,15 @@ class ModelConfig:
         if "scoring_func" in config:
             values["score_fn"] = config["scoring_func"]
         return cls(**values | _rope_from_hf(config) | config.get("moe_kernels", {}))
+
+
+def _check_yarn(scaling):
+    if scaling.get("rope_type", "yarn") != "yarn":
+        raise ValueError(f"rope_scaling knows rope_type 'yarn', got {scaling['rope_type']!r}")
+    check_number("rope_scaling['original_max_position_embeddings']", scaling.get("original_max_position_embeddings"))
+    for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if scaling.get(name) is not None:
+            check_number(f"rope_scaling[{name!r}]", scaling[name])
 
 
 def _rope_from_hf(config):
