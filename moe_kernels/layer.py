@@ -32,6 +32,7 @@ class _Router(nn.Module):
         checks.check_choice("score_fn", score_fn, checks.SCORE_FUNCTIONS)
         checks.check_integer("num_experts", num_experts, 1)
         checks.check_integer("top_k", top_k, 1, num_experts)
+        checks.check_number("routed_scaling_factor", routed_scaling_factor)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_fn, self.renormalize = score_fn, renormalize
         self.routed_scaling_factor = routed_scaling_factor

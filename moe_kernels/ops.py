@@ -131,6 +131,7 @@ def gate(router_logits, top_k, score_fn="sigmoid", correction_bias=None, num_exp
         top_k: K; at most E. The kernel serves E up to 1024 and K up to 32.
         score_fn: "softmax", "sigmoid" or "sqrtsoftplus".
         correction_bias: [E] fp32 or None; chooses and never weighs, has no gradient.
+        routed_scaling_factor: a number.
         topk_ids: [T, K] int32 or int64; if given (hash routing) nothing is chosen, and the gate only weighs. An id
             outside [0, E) gets weight 0.
     Returns: topk_weights [T, K] fp32 (fp64 for fp64 logits), best first; topk_ids [T, K] int32.
@@ -145,6 +146,7 @@ def gate(router_logits, top_k, score_fn="sigmoid", correction_bias=None, num_exp
     checks.check_choice("score_fn", score_fn, checks.SCORE_FUNCTIONS)
     checks.check_groups(num_experts, top_k if topk_ids is None else 1, num_expert_groups, topk_groups)
     checks.check_num_rows(num_tokens, top_k)
+    checks.check_number("routed_scaling_factor", routed_scaling_factor)
     if correction_bias is not None:
         checks.check_tensor("correction_bias", correction_bias, (("E", num_experts),), (torch.float32,), device)
         correction_bias = correction_bias.detach().contiguous()

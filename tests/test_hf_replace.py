@@ -34,6 +34,13 @@ def router_logits_of(model, ids):
     return getattr(model(ids, output_router_logits=True, use_cache=False), "router_logits", None) or ()
 
 
+@pytest.mark.parametrize("function", [mk.replace_moe_layers, mk.restore_moe_layers])
+@pytest.mark.parametrize("model, got", [(3, "int"), (None, "NoneType"), (torch.nn.Linear, "type")])
+def test_what_is_no_module_is_refused(function, model, got):
+    with pytest.raises(TypeError, match=f"model wants a torch.nn.Module, got {got}"):
+        function(model)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_replaced_layers_compute_the_same(variant):
     family, settings = VARIANTS[variant]

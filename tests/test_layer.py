@@ -242,7 +242,8 @@ def test_hugging_face_layer(renormalize, groups, kept, device):
     ({"hidden_size": 0}, ValueError, "hidden_size wants at least 1, got 0"),
     ({"num_experts": 0}, ValueError, "num_experts wants at least 1, got 0"),
     ({"intermediate_size": 8.0}, TypeError, "intermediate_size wants an integer, got float"),
-    ({"num_shared_experts": -1}, ValueError, "num_shared_experts wants at least 0, got -1")])
+    ({"num_shared_experts": -1}, ValueError, "num_shared_experts wants at least 0, got -1"),
+    ({"routed_scaling_factor": "a"}, TypeError, "routed_scaling_factor wants a number, got str")])
 def test_sizes_that_make_no_layer(changes, error, message):
     with pytest.raises(error, match=message):
         mk.MoE(**{"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "top_k": 2} | changes)

@@ -213,6 +213,11 @@ class Report(NamedTuple):
         return "\n".join(lines) or "no MoE layers"
 
 
+def _check_module(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model wants a torch.nn.Module, got {type(model).__name__}")
+
+
 def _blocks(model):
     """(name, block) of every module with experts of transformers' interface as its child."""
     return [(name, module) for name, module in model.named_modules()
@@ -273,9 +278,10 @@ def replace_moe_layers(model):
     Args:
         model: a `PreTrainedModel`, or any module that holds such layers.
     Returns: Report(replaced, left), which prints as lines that say what was replaced, what was left, and why.
-    Raises: ValueError on a model that has no such layer, with its name and what serves it instead; ImportError where
-        transformers is missing or too old.
+    Raises: TypeError on what is no module; ValueError on a model that has no such layer, with its name and what serves
+        it instead; ImportError where transformers is missing or too old.
     """
+    _check_module(model)
     experts_interface()
     blocks = _blocks(model)
     known = [(name, block) for name, block in blocks
@@ -297,8 +303,10 @@ def restore_moe_layers(model):
     """Undoes `replace_moe_layers`.
 
     Returns: the names of the modules that have their own forward again.
-    Raises: ValueError where something else, such as fully_shard, changed the class of a replaced module since.
+    Raises: TypeError on what is no module; ValueError where something else, such as fully_shard, changed the class of a
+        replaced module since.
     """
+    _check_module(model)
     ours = [(name, module) for name, module in model.named_modules() if isinstance(module, _Ours)]
     for name, module in ours:
         if "moe_kernels_base" not in vars(type(module)):
