@@ -46,6 +46,13 @@ def test_commands_and_what_is_supported_stand_in_the_first_30_lines():
     assert "| device |" in head and "a CPU" in head
 
 
+def test_then_come_the_tree_the_interface_the_benchmarks_and_development():
+    lines = README.splitlines()
+    places = [lines.index(line) for line in ("## The tree", "## Install", "## Use", "## Benchmarks", "## Develop")]
+    assert lines[30:].index("## The tree") < 3 and places == sorted(places)
+    assert places[0] < next(i for i, line in enumerate(lines) if line.startswith("csrc/ ")) < places[1]
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
 def test_make_command_exists(command):
     words = shlex.split(command)[1:]
