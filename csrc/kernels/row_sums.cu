@@ -3,7 +3,7 @@
 //   bias_grad     out[e] = sum over the rows r of expert e of w_r * grad(r)    [E, N]
 //                 grad(r) = grad[r], or grad[sorted_rows[r] / K] with sorted_rows
 //                 w_r = topk_weights[sorted_rows[r]], or 1
-//   routing_grad  grad_topk_weights[t, k] = sum over p, ascending, of partials[row_of_slot[t, k], p]    [T, K]
+//   routing_grad  grad_topk_weights[t, k] = sum over p of partials[row_of_slot[t, k], p]    [T, K]
 //                 + dot(grad_output[t], down_bias[e]) with a bias, e the expert of the row
 //                 0 for a slot without a row
 //
@@ -12,7 +12,8 @@
 // bias_grad: a block owns 64 columns of one expert: 8 lanes across them, so that a row is one 128-byte line, and 32 row
 // groups. Group g sums the rows first + g, first + g + 32, ... ascending, then one thread a column sums the 32 groups
 // ascending: an order that depends on nothing but the number of rows. Bound by memory: S*N elements read once.
-// routing_grad: without a bias one thread a slot, with it one warp (and a shuffle tree over the columns).
+// routing_grad: without a bias 8 lanes a slot, which add every 8th partial sum ascending and then their sums in a shuffle
+// tree; with it one warp, and a shuffle tree over the columns too.
 //
 // Deterministic: no atomics, every order is fixed. Source: derivative of the biased products of down_proj and up_proj.
 
@@ -98,19 +99,26 @@ __global__ void __launch_bounds__(kThreads) bias_grad_kernel(const BiasGradParam
 
 // -------------------------------------------------------------------------------------------------------- routing_grad
 
+constexpr int kSumLanes = 8;  // a slot: 32 bytes, what memory moves at least
+
+// Called by all lanes of a warp; every 8 of them get the sum of their row, 0 where it is negative.
 __device__ __forceinline__ float sum_partials(const RoutingGradParams& params, int64_t row) {
-  const float* partials = params.partials + row * params.num_partials;
   float sum = 0.0f;
-#pragma unroll 8
-  for (int p = 0; p < params.num_partials; ++p) sum += partials[p];
+  if (row >= 0) {
+    const float* partials = params.partials + row * params.num_partials;
+#pragma unroll 4
+    for (int p = threadIdx.x % kSumLanes; p < params.num_partials; p += kSumLanes) sum += partials[p];
+  }
+#pragma unroll
+  for (int offset = kSumLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   return sum;
 }
 
 __global__ void __launch_bounds__(kThreads) routing_grad_kernel(const RoutingGradParams params) {
-  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (slot >= params.num_tokens * params.top_k) return;
-  const int row = params.row_of_slot[slot];
-  params.grad_topk_weights[slot] = row >= 0 ? sum_partials(params, row) : 0.0f;
+  const int64_t slot = static_cast<int64_t>(blockIdx.x) * (kThreads / kSumLanes) + threadIdx.x / kSumLanes;
+  const bool exists = slot < params.num_tokens * params.top_k;
+  const float sum = sum_partials(params, exists ? params.row_of_slot[slot] : -1);
+  if (exists && threadIdx.x % kSumLanes == 0) params.grad_topk_weights[slot] = sum;
 }
 
 // The expert that owns the row: the last one that begins at or before it and is not empty.
@@ -149,13 +157,13 @@ __global__ void __launch_bounds__(kThreads) biased_routing_grad_kernel(const Rou
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (slot >= params.num_tokens * params.top_k) return;
   const int row = params.row_of_slot[slot];
-  float sum = 0.0f;
+  float sum = sum_partials(params, row);
   if (row >= 0) {
     const int64_t expert = expert_of_row(params.expert_offsets, params.num_experts, row);
     const int64_t token = static_cast<unsigned>(slot) / params.top_k;  // S is below 2^31
     const auto* grad = static_cast<const T*>(params.grad_output) + token * params.hidden_size;
     const auto* bias = static_cast<const T*>(params.down_bias) + expert * params.hidden_size;
-    sum = sum_partials(params, row) + dot_in_warp(grad, bias, params.hidden_size, lane);
+    sum += dot_in_warp(grad, bias, params.hidden_size, lane);
   }
   if (lane == 0) params.grad_topk_weights[slot] = sum;
 }
@@ -176,7 +184,7 @@ void launch_bias_grad(const BiasGradParams& params, cudaStream_t stream) {
 void launch_routing_grad(const RoutingGradParams& params, cudaStream_t stream) {
   const int64_t num_slots = params.num_tokens * params.top_k;
   if (num_slots == 0) return;
-  const int slots_of_block = params.down_bias != nullptr ? kThreads / kWarpSize : kThreads;
+  const int slots_of_block = kThreads / (params.down_bias != nullptr ? kWarpSize : kSumLanes);
   const auto blocks = static_cast<unsigned>((num_slots + slots_of_block - 1) / slots_of_block);
   if (params.down_bias == nullptr) {
     routing_grad_kernel<<<blocks, kThreads, 0, stream>>>(params);
