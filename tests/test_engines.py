@@ -21,7 +21,10 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="the sm_90a engine wants co
 # several row tiles an expert, ends inside the second half of a tile, a last column tile of 8, one k-block and many
 LARGE = [Case("row_tiles", 700, 6, 3, 200, 136), Case("many_blocks", 1000, 70, 4, 512, 384),
          Case("half_of_a_tile_unused", 2100, 2, 1, 192, 64), Case("deep", 260, 2, 2, 3200, 264),
-         Case("sentinels_among_many", 900, 6, 6, 136, 264, "sentinels")]
+         Case("sentinels_among_many", 900, 6, 6, 136, 264, "sentinels"),
+         # more tiles than there are multiprocessors: of one k-block, of two, without an expert
+         Case("tile_after_tile", 900, 300, 2, 64, 64, "sentinels"), Case("two_k_blocks", 900, 300, 2, 72, 136, "idle"),
+         Case("many_without_an_expert", 24000, 2, 2, 64, 264, "sentinels")]
 
 
 def products(x, activation="swiglu", limit=None, layout="rows"):
@@ -123,6 +126,22 @@ def test_an_infinite_gradient_stays_infinite_at_the_last_columns(force):
     expected = products(x)[6]
     force("sm90")
     assert_same_bits(expected, products(x)[6])
+
+
+@needs_hopper
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65])
+def test_sums_of_minus_zeros(rows, force):
+    """Zero activations times negative gradients: the sign of zero is a bit too."""
+    offsets = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
+    grad = torch.full((rows, 136), -1.0, device="cuda", dtype=torch.bfloat16)
+    zeros, weights = torch.zeros_like(grad), torch.full((1, 72, 136), -1.0, device="cuda", dtype=torch.bfloat16)
+
+    def run(engine):
+        force(engine)
+        return [torch.ops.moe_kernels.weight_grad(grad, zeros, offsets, None, None, 1),
+                torch.ops.moe_kernels.grouped_mm(zeros, weights, None, offsets, True)]
+
+    assert_same_bits(run("sm80"), run("sm90"))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=backend_id)

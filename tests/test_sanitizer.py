@@ -74,6 +74,13 @@ def test_pieces(case):
     assert_like_the_cpu(pieces, case, torch.bfloat16)
 
 
+@pytest.mark.parametrize("hidden_size", [64, 72])
+def test_tile_after_tile(hidden_size, force):
+    """More tiles than multiprocessors, so that memory is used again."""
+    force("sm90" if HOPPER else "auto")
+    assert_like_the_cpu(layer, Case("tile_after_tile", 300, 150, 2, hidden_size, 72, "sentinels"), torch.bfloat16)
+
+
 def test_ungated_layer():
     assert_like_the_cpu(layer, CASES[0], torch.bfloat16, "relu2")
 

@@ -3,11 +3,13 @@
 // adds up the partial sums.
 //
 //   grad_output [T, H], down_proj [E, H, I], pre_activation [S, W]
-//     ->  grad_pre_activation [S, W], weighted_rows [S, I], partials [S, ceil(I / 32)]
+//     ->  grad_pre_activation [S, W], weighted_rows [S, I], partials [S, ceil(I / 16)]
 //
 // Transposed: down_proj [E, I, H]. Interleaved: gate and up take turns in the W columns.
 //
 // Source: SonicMoE (arXiv 2512.14080) keeps the same two tensors between forward and backward.
+#include <cmath>
+
 #include "grouped_gemm/sm80/launch.cuh"
 #include "grouped_gemm/sm90/launch.cuh"
 
@@ -39,21 +41,25 @@ void down_proj_backward_sm80(const DownProjBackwardParams& params, cudaStream_t 
   sm80::launch_m_grouped<kTransposed, !kTransposed>(operands, epilogue, stream, "down_proj_backward");
 }
 
-template <typename Config, ActivationSet kSet, bool kTransposed, bool kInterleaved, typename Element>
+template <ActivationSet kSet, bool kTransposed, bool kInterleaved, typename Element>
 void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t stream) {
+  using Epilogue = sm90::ActivateBackwardEpilogue<Element, kSet, kInterleaved>;
   constexpr int kHalves = is_gated(kSet) ? 2 : 1;
   const int columns = params.intermediate_size;
   const Element* pre = static_cast<const Element*>(params.pre_activation);
   Element* grad_pre = static_cast<Element*>(params.grad_pre_activation);
-  sm90::ActivateBackwardEpilogue<Element, kSet, Config::kCols / 64, kInterleaved> epilogue = {};
+  auto map = [&](const void* data, int map_columns, int pitch) {
+    return sm90::ragged_map(params.dtype, data, map_columns, pitch, Epilogue::kStageRows);
+  };
+  Epilogue epilogue = {};
   const int gate_columns = kInterleaved ? 2 * columns : columns;
-  epilogue.gate = sm90::ragged_map(params.dtype, pre, gate_columns, kHalves * columns);
-  epilogue.grad_gate = sm90::ragged_map(params.dtype, grad_pre, gate_columns, kHalves * columns);
+  epilogue.gate = map(pre, gate_columns, kHalves * columns);
+  epilogue.grad_gate = map(grad_pre, gate_columns, kHalves * columns);
   if (is_gated(kSet) && !kInterleaved) {
-    epilogue.up = sm90::ragged_map(params.dtype, pre + columns, columns, kHalves * columns);
-    epilogue.grad_up = sm90::ragged_map(params.dtype, grad_pre + columns, columns, kHalves * columns);
+    epilogue.up = map(pre + columns, columns, kHalves * columns);
+    epilogue.grad_up = map(grad_pre + columns, columns, kHalves * columns);
   }
-  epilogue.weighted_rows = sm90::ragged_map(params.dtype, params.weighted_rows, columns, columns);
+  epilogue.weighted_rows = map(params.weighted_rows, columns, columns);
   epilogue.grad_pre_activation_data = grad_pre;
   epilogue.weighted_rows_data = static_cast<Element*>(params.weighted_rows);
   epilogue.topk_weights = params.topk_weights;
@@ -66,23 +72,19 @@ void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t 
       params.dtype,     params.grad_output,         params.plan.sorted_rows, params.top_k,
       params.down_proj, params.plan.expert_offsets, params.num_experts,      static_cast<int>(params.num_rows),
       columns,          params.hidden_size};
-  sm90::launch_m_grouped<Config, kTransposed, Element>(product, epilogue, stream, "down_proj_backward");
+  sm90::launch_swap_ab<true, kTransposed, Element>(product, epilogue, stream, "down_proj_backward");
 }
 
 template <ActivationSet kSet, typename Element>
-void down_proj_backward_sm90(const DownProjBackwardParams& params, cudaStream_t stream) {
-  if (params.hidden_size >= sm90::kWideFromDepth) {
-    down_proj_backward_sm90<sm90::Wide128x256, kSet, false, false, Element>(params, stream);
-  } else {
-    down_proj_backward_sm90<sm90::PingPong128x128, kSet, false, false, Element>(params, stream);
-  }
+void down_proj_backward(bool sm90, const DownProjBackwardParams& params, cudaStream_t stream) {
+  if (sm90) down_proj_backward_sm90<kSet, false, false, Element>(params, stream);
+  else down_proj_backward_sm80<kSet, false, false, Element>(params, stream);
 }
 
-// One tile: the hidden sizes of the models with transposed weights are below kWideFromDepth.
 template <bool kInterleaved, typename Element>
 void down_proj_backward_transposed(bool sm90, const DownProjBackwardParams& params, cudaStream_t stream) {
   constexpr ActivationSet kSet = ActivationSet::kSwiGLUs;
-  if (sm90) down_proj_backward_sm90<sm90::PingPong128x128, kSet, true, kInterleaved, Element>(params, stream);
+  if (sm90) down_proj_backward_sm90<kSet, true, kInterleaved, Element>(params, stream);
   else down_proj_backward_sm80<kSet, true, kInterleaved, Element>(params, stream);
 }
 
@@ -97,14 +99,13 @@ void launch_down_proj_backward(const DownProjBackwardParams& params, cudaStream_
       params.is_concatenated ? down_proj_backward_transposed<false, Element>(sm90, params, stream)
                              : down_proj_backward_transposed<true, Element>(sm90, params, stream);
     } else if (params.activation > Activation::kReGLU) {
-      sm90 ? down_proj_backward_sm90<ActivationSet::kUngated, Element>(params, stream)
-           : down_proj_backward_sm80<ActivationSet::kUngated, false, false, Element>(params, stream);
-    } else if (!sm90) {
-      down_proj_backward_sm80<ActivationSet::kGated, false, false, Element>(params, stream);
-    } else if (params.activation == Activation::kSwiGLU) {
-      down_proj_backward_sm90<ActivationSet::kSwiGLU, Element>(params, stream);
+      down_proj_backward<ActivationSet::kUngated, Element>(sm90, params, stream);
+    } else if (!sm90 || params.activation != Activation::kSwiGLU) {
+      down_proj_backward<ActivationSet::kGated, Element>(sm90, params, stream);
+    } else if (std::isinf(params.swiglu_limit)) {
+      down_proj_backward_sm90<ActivationSet::kSwiGLUWithoutLimit, false, false, Element>(params, stream);
     } else {
-      down_proj_backward_sm90<ActivationSet::kGated, Element>(params, stream);
+      down_proj_backward_sm90<ActivationSet::kSwiGLU, false, false, Element>(params, stream);
     }
   });
 }

@@ -115,7 +115,7 @@ struct BiasGradParams {
   DType dtype;
 };
 
-// grad_topk_weights[t, k] = sum over p, ascending, of partials[row_of_slot[t, k], p] (+ dot(grad_output[t],
+// grad_topk_weights[t, k] = sum over p of partials[row_of_slot[t, k], p] (+ dot(grad_output[t],
 // down_bias[e])).
 struct RoutingGradParams {
   const float* partials;          // [S, num_partials]; a row without an expert is never read
@@ -171,7 +171,7 @@ struct GroupedMmParams {
 };
 
 // u[r] = grad_output[t] @ down_proj[e], kept in fp32 registers; then, with a and its derivatives from
-// pre_activation[r]: grad_pre[r] = w * u * act'(pre), weighted_rows[r] = w * a, partials[r, p] = dot(a, u) over 32
+// pre_activation[r]: grad_pre[r] = w * u * act'(pre), weighted_rows[r] = w * a, partials[r, p] = dot(a, u) over 16
 // columns.
 struct DownProjBackwardParams {
   const void* grad_output;     // [T, H] of dtype
@@ -197,7 +197,7 @@ struct DownProjBackwardParams {
 
 // Columns of I behind one partial sum of the routing-weight gradient. One number for every tile, so that no tile
 // changes a bit.
-constexpr int kRoutingGradColumns = 32;
+constexpr int kRoutingGradColumns = 16;
 inline int routing_grad_partials(int intermediate_size) {
   return (intermediate_size + kRoutingGradColumns - 1) / kRoutingGradColumns;
 }

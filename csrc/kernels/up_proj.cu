@@ -5,6 +5,8 @@
 //   transposed: gate_up_proj [E, H, W], its W columns gate and up half by half or in turn; so is the pre-activation
 //
 // Its input gradient is grouped_mm, its weight gradient weight_grad.
+#include <cmath>
+
 #include "grouped_gemm/sm80/launch.cuh"
 #include "grouped_gemm/sm90/launch.cuh"
 
@@ -107,6 +109,8 @@ void launch_up_proj(const UpProjParams& params, cudaStream_t stream) {
            : up_proj_sm80<ActivationSet::kUngated, Layout::kRows, Element>(params, stream);
     } else if (!sm90) {
       up_proj_sm80<ActivationSet::kGated, Layout::kRows, Element>(params, stream);
+    } else if (params.activation == Activation::kSwiGLU && std::isinf(params.swiglu_limit)) {
+      up_proj_sm90<ActivationSet::kSwiGLUWithoutLimit, true, Element>(params, stream);
     } else if (params.activation == Activation::kSwiGLU) {
       up_proj_sm90<ActivationSet::kSwiGLU, true, Element>(params, stream);
     } else {

@@ -27,14 +27,14 @@ struct ValueAndSlope {
 };
 
 __device__ __forceinline__ ValueAndSlope silu(float x) {
-  const float sigmoid = reciprocal_approx(1.0f + __expf(-x));
+  const float sigmoid = reciprocal_approx(1.0f + exp_approx(-x));
   const float value = x * sigmoid;
   return {value, sigmoid + value * (1.0f - sigmoid)};
 }
 
 // x * sigmoid(alpha * x)
 __device__ __forceinline__ ValueAndSlope scaled_silu(float x, float alpha) {
-  const float sigmoid = reciprocal_approx(1.0f + __expf(-alpha * x));
+  const float sigmoid = reciprocal_approx(1.0f + exp_approx(-alpha * x));
   const float value = x * sigmoid;
   return {value, sigmoid + alpha * value * (1.0f - sigmoid)};
 }
@@ -83,17 +83,23 @@ __device__ __forceinline__ float up_factor(float up) {
   return kKind == Activation::kSwiGLUOai ? up + 1.0f : up;
 }
 
-// Comparisons let NaN through; fminf and fmaxf would hide it.
-__device__ __forceinline__ float clamp_above(float x, float limit) { return x > limit ? limit : x; }
-__device__ __forceinline__ float clamp_both(float x, float limit) {
-  return x > limit ? limit : (x < -limit ? -limit : x);
-}
-
-// Which activations a kernel is built for: swiglu alone (a quarter of the code), swiglu and swiglu_oai, all gated ones,
-// all ungated ones.
-enum class ActivationSet { kSwiGLU, kSwiGLUs, kGated, kUngated };
+// Which activations a kernel is built for: swiglu alone (a quarter of the code), without a limit or with one; swiglu
+// and swiglu_oai; all gated ones; all ungated ones.
+enum class ActivationSet { kSwiGLUWithoutLimit, kSwiGLU, kSwiGLUs, kGated, kUngated };
 
 constexpr bool is_gated(ActivationSet set) { return set != ActivationSet::kUngated; }
+constexpr bool has_limit(ActivationSet set) { return is_gated(set) && set != ActivationSet::kSwiGLUWithoutLimit; }
+
+// Comparisons let NaN through; fminf and fmaxf would hide it.
+template <ActivationSet kSet>
+__device__ __forceinline__ float gate_limited(const ActivationParams& params, float gate) {
+  return has_limit(kSet) && gate > params.limit ? params.limit : gate;
+}
+template <ActivationSet kSet>
+__device__ __forceinline__ float up_limited(const ActivationParams& params, float up) {
+  if constexpr (!has_limit(kSet)) return up;
+  return up > params.limit ? params.limit : (up < -params.limit ? -params.limit : up);
+}
 
 // Calls body(integral constant of the kind): one uniform branch outside the loop over elements.
 template <Activation kKind>
@@ -103,7 +109,7 @@ struct ActivationTag {
 
 template <ActivationSet kSet, typename Body>
 __device__ __forceinline__ void dispatch_activation(Activation kind, Body&& body) {
-  if constexpr (kSet == ActivationSet::kSwiGLU) {
+  if constexpr (kSet == ActivationSet::kSwiGLU || kSet == ActivationSet::kSwiGLUWithoutLimit) {
     body(ActivationTag<Activation::kSwiGLU>{});
   } else if constexpr (kSet == ActivationSet::kSwiGLUs) {
     if (kind == Activation::kSwiGLUOai) body(ActivationTag<Activation::kSwiGLUOai>{});
@@ -135,9 +141,6 @@ __device__ __forceinline__ void dispatch_activation(Activation kind, Body&& body
   }
 }
 
-// a * b + c * d, rounded alike wherever it stands.
-__device__ __forceinline__ float dot2(float a, float b, float c, float d) { return __fmaf_rn(c, d, __fmul_rn(a, b)); }
-
 // activated[i] = act(gate[i], up[i]); `up` is not read when ungated.
 template <ActivationSet kSet>
 __device__ __forceinline__ void activate8(const ActivationParams& params, const float (&gate)[8], const float (&up)[8],
@@ -146,9 +149,8 @@ __device__ __forceinline__ void activate8(const ActivationParams& params, const 
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if constexpr (is_gated(kSet)) {
-        const float g = clamp_above(gate[i], params.limit);
-        const float u = clamp_both(up[i], params.limit);
-        activated[i] = activate_gate<decltype(tag)::kind>(params, g).value * up_factor<decltype(tag)::kind>(u);
+        const float u = up_factor<decltype(tag)::kind>(up_limited<kSet>(params, up[i]));
+        activated[i] = activate_gate<decltype(tag)::kind>(params, gate_limited<kSet>(params, gate[i])).value * u;
       } else {
         activated[i] = activate_one<decltype(tag)::kind>(gate[i]).value;
       }
@@ -156,27 +158,22 @@ __device__ __forceinline__ void activate8(const ActivationParams& params, const 
   });
 }
 
-// The same with the derivatives of activated[i] by gate[i] and up[i].
-template <ActivationSet kSet>
-__device__ __forceinline__ void activate8_backward(const ActivationParams& params, const float (&gate)[8],
-                                                   const float (&up)[8], float (&activated)[8], float (&by_gate)[8],
-                                                   float (&by_up)[8]) {
-  dispatch_activation<kSet>(params.kind, [&](auto tag) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if constexpr (is_gated(kSet)) {
-        const float u = up_factor<decltype(tag)::kind>(clamp_both(up[i], params.limit));
-        const ValueAndSlope f = activate_gate<decltype(tag)::kind>(params, clamp_above(gate[i], params.limit));
-        activated[i] = f.value * u;
-        by_gate[i] = gate[i] > params.limit ? 0.0f : f.slope * u;
-        by_up[i] = (up[i] > params.limit || up[i] < -params.limit) ? 0.0f : f.value;
-      } else {
-        const ValueAndSlope f = activate_one<decltype(tag)::kind>(gate[i]);
-        activated[i] = f.value;
-        by_gate[i] = f.slope;
-      }
-    }
-  });
+struct ActivatedAndSlopes {
+  float activated, by_gate, by_up;  // the derivatives of `activated`; by_up is not set when ungated
+};
+
+template <ActivationSet kSet, Activation kKind>
+__device__ __forceinline__ ActivatedAndSlopes activate_backward(const ActivationParams& params, float gate, float up) {
+  if constexpr (is_gated(kSet)) {
+    const bool gate_clamped = has_limit(kSet) && gate > params.limit;
+    const bool up_clamped = has_limit(kSet) && (up > params.limit || up < -params.limit);
+    const float factor = up_factor<kKind>(up_limited<kSet>(params, up));
+    const ValueAndSlope f = activate_gate<kKind>(params, gate_limited<kSet>(params, gate));
+    return {f.value * factor, gate_clamped ? 0.0f : f.slope * factor, up_clamped ? 0.0f : f.value};
+  } else {
+    const ValueAndSlope f = activate_one<kKind>(gate);
+    return {f.value, f.slope, 0.0f};
+  }
 }
 
 }  // namespace moe

@@ -31,6 +31,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// e^x: the ratio is off by 2^-22 and, as x * log2(e) is rounded, by 2^-24 |x|.
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.44269504088896340736f); }
+
 // log2(x) within 2^-22, absolutely between 0.5 and 2, else relatively.
 __device__ __forceinline__ float log2_approx(float x) {
   float y;

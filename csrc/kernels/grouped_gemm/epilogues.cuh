@@ -152,28 +152,31 @@ struct ActivateBackwardEpilogue {
   ActivationParams activation;
 
   __device__ void operator()(const OutputPlace& place, float (&u)[8], const float (&)[8]) const {
-    float sums[4] = {};
-    if (place.exists) place.has_expert ? gradients(place, u, sums) : zeros(place);
-    const float sum = sum_of_32(sums);
+    float products[8] = {};
+    if (place.exists) place.has_expert ? gradients(place, u, products) : zeros(place);
+    const float sum = sum_of_16(products);
     if (place.exists && place.has_expert && place.column % kRoutingGradColumns == 0) {
       partials[place.row * num_partials + place.column / kRoutingGradColumns] = sum;
     }
   }
 
  private:
-  // 4 neighbouring lanes hold the 32 columns of one partial sum (kRoutingGradColumns), each the sums of its 4 pairs of
-  // columns. First the same pair of all lanes, then the pairs: the order in which the sm_90a engine has them.
-  __device__ static float sum_of_32(float (&sums)[4]) {
+  // 2 neighbouring lanes hold the 16 columns of one partial sum (kRoutingGradColumns). Column q and column q + 8 are
+  // added first, the even lane's q being 0 .. 3, the odd lane's 4 .. 7: the order in which the sm_90a engine has them.
+  __device__ static float sum_of_16(const float (&products)[8]) {
+    const bool is_odd = threadIdx.x % 2 == 1;
+    float sums[4];
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      sums[pair] += __shfl_xor_sync(~0u, sums[pair], 1);
-      sums[pair] += __shfl_xor_sync(~0u, sums[pair], 2);
+    for (int i = 0; i < 4; ++i) {
+      sums[i] =
+          (is_odd ? products[4 + i] : products[i]) + __shfl_xor_sync(~0u, is_odd ? products[i] : products[4 + i], 1);
     }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const float half = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return half + __shfl_xor_sync(~0u, half, 1);
   }
 
-  // Stores the row's gradients; sums[i]: dot(activated, u) of columns 2 i and 2 i + 1.
-  __device__ void gradients(const OutputPlace& place, const float (&u)[8], float (&sums)[4]) const {
+  // Stores the row's gradients; products: of the activated columns with u.
+  __device__ void gradients(const OutputPlace& place, const float (&u)[8], float (&products)[8]) const {
     const int64_t pre_offset = place.row * kHalves * columns + (kInterleavedColumns ? 2 : 1) * place.column;
     // Read-only loads: the compiler may start those of the next rows before the stores of this one.
     const float weight = __ldg(topk_weights + __ldg(sorted_rows + place.row));
@@ -184,9 +187,15 @@ struct ActivateBackwardEpilogue {
       load8_readonly(pre_activation + pre_offset, gate);
       if constexpr (kGatedActivation) load8_readonly(pre_activation + pre_offset + columns, up);
     }
-    activate8_backward<kSet>(activation, gate, up, activated, by_gate, by_up);
+    dispatch_activation<kSet>(activation.kind, [&](auto tag) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = dot2(activated[2 * i], u[2 * i], activated[2 * i + 1], u[2 * i + 1]);
+      for (int i = 0; i < 8; ++i) {
+        const auto of = activate_backward<kSet, decltype(tag)::kind>(activation, gate[i], up[i]);
+        activated[i] = of.activated, by_gate[i] = of.by_gate, by_up[i] = of.by_up;
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < 8; ++i) products[i] = __fmul_rn(activated[i], u[i]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       by_gate[i] *= weight * u[i];

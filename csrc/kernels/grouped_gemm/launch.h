@@ -42,7 +42,7 @@ enum class Engine { kAuto, kSm80, kSm90 };
 // sm_90a code runs on compute capability 9.0 alone, and only where it was built. kAuto never comes back.
 Engine choose_engine(int64_t num_rows, int64_t expert_elements, const DeviceLimits& limits);
 
-// The engine of a product whose tiles on sm_90a are 128 rows high: down_proj_backward, up_proj of interleaved weights.
+// The engine of down_proj_backward and of up_proj with interleaved weights.
 Engine padded_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits);
 
 // The engine of a weight gradient.

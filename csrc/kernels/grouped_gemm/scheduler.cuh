@@ -1,9 +1,9 @@
 // Which tile a block computes next, found on the device from expert_offsets: no host needs to know the loads.
 //
 // Tiles are numbered expert by expert, inside an expert by column tile, inside that by row tile, so that neighbouring
-// blocks share the weights' tile. Block b computes tiles b, b + gridDim.x, ...; where two warpgroups of a block take
-// turns, each steps over the other's tiles. The rows behind the last expert (slots whose id was no expert) are one more
-// group, and so are rows before the first one (where offsets are a slice of a plan's); their outputs are zeros.
+// blocks share the weights' tile. Block b computes tiles b, b + gridDim.x, .... The rows behind the last expert (slots
+// whose id was no expert) are one more group, and so are rows before the first one (where offsets are a slice of a
+// plan's); their outputs are zeros.
 //
 // kBalanced: a group's row tiles are equally high, a multiple of 8, and no higher than kTileRows.
 #pragma once
@@ -23,15 +23,12 @@ struct Tile {
 template <int kTileRows, bool kBalanced = false>
 class TileScheduler {
  public:
-  // The caller takes every `step`-th of the block's tiles, beginning with the `first`.
-  __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles,
-                           int first = 0, int step = 1)
+  __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles)
       : offsets_(expert_offsets),
         num_experts_(num_experts),
         num_rows_(num_rows),
         column_tiles_(column_tiles),
-        index_(blockIdx.x + first * gridDim.x),
-        stride_(step * gridDim.x) {}
+        index_(blockIdx.x) {}
 
   // Warp-collective: every warp of the block finds the same tile. False: no tile is left. The groups are read anew for
   // every tile: kept from one to the next they would cost registers in the products between.
@@ -55,7 +52,7 @@ class TileScheduler {
     tile.height = kBalanced ? ((end - begin + row_tiles - 1) / row_tiles + 7) / 8 * 8 : kTileRows;
     tile.row_begin = begin + (local - tile.column_tile * row_tiles) * tile.height;
     tile.row_end = kBalanced ? min(tile.row_begin + tile.height, end) : end;
-    index_ += stride_;
+    index_ += gridDim.x;
     return true;
   }
 
@@ -86,7 +83,7 @@ class TileScheduler {
 
   const int32_t* offsets_;
   int num_experts_, num_rows_, column_tiles_;
-  int index_, stride_;
+  int index_;
   int first_group_ = 0;
   int tiles_before_ = 0;  // row tiles of the groups before first_group_
 };

@@ -27,7 +27,7 @@ struct TileConfig {
   static constexpr int kSharedBytes = kStages * kStageBytes > kStagingBytes ? kStages * kStageBytes : kStagingBytes;
 
   static_assert(kWarpRows % 16 == 0 && kWarpCols % 32 == 0,
-                "a warp computes m16n8 pieces, gate and up apart, 32 columns a sum");
+                "a warp computes m16n8 pieces, gate and up apart, 16 columns a sum");
   static_assert(kRows % (kThreads / 8) == 0 && kCols % (kThreads / 8) == 0, "every thread copies whole passes");
 };
 

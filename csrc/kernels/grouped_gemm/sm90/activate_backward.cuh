@@ -1,27 +1,33 @@
-// The epilogue of down_proj_backward: see DownProjBackwardParams. The outputs are u = grad_output @ down_proj.
+// The epilogue of down_proj_backward: see DownProjBackwardParams. The outputs are u = grad_output @ down_proj, as
+// swap_ab.cuh has them: 64 columns a fragment by the tile's rows.
 //
-// TMA brings the pre-activation, 64 rows x 64 columns a time, into one of two slots, the first two while the products
-// still run. The gradients overwrite them where they lie, in the layout in which they came, and TMA stores them from
-// there.
+// Behind a tile's products the producer sends the pre-activation and the routing weights through the ring, 32 rows a
+// stage. The gradients overwrite the pre-activation where it lies, in the layout in which it came, and TMA stores them
+// from there; a stage goes back to the producer when TMA and every thread have read it.
 #pragma once
 
+#include "../scheduler.cuh"
 #include "epilogues.cuh"
+#include "swap_ab_epilogues.cuh"
 
 namespace moe::sm90 {
 
-template <typename Element, ActivationSet kSet, int kPieces, bool kInterleavedColumns = false>
+template <typename Element, ActivationSet kSet, bool kInterleavedColumns = false>
 struct ActivateBackwardEpilogue {
   static constexpr bool kGated = false;  // the tile itself has one kind of column
+  static constexpr bool kLoads = true;
+  // With more rows ptxas spills: what an activation wants beside the outputs is not there then.
+  static constexpr int kMostRows = kSet == ActivationSet::kSwiGLUWithoutLimit ? 176
+                                   : kSet == ActivationSet::kSwiGLU           ? 144
+                                   : kSet == ActivationSet::kGated            ? 112
+                                                                              : 128;
   static constexpr bool kGatedActivation = is_gated(kSet);
   static constexpr int kHalves = kGatedActivation ? 2 : 1;
-  static constexpr int kSlotBytes = kHalves * kPieceBytes;
-  static constexpr int kSharedBytes = 2 * kSlotBytes + kPieceBytes;
-  static constexpr int kBarriers = 2;
-  static constexpr int kUnits = 4;  // pieces of 64 x 64 of a consumer's part of a tile, kPieces beside each other
-  CUtensorMap gate, up;             // ragged, the halves of pre_activation [S, kHalves * columns]; interleaved: `gate`
-                                    // is all of it
-  CUtensorMap grad_gate, grad_up;   // ragged, of grad_pre_activation, likewise
-  CUtensorMap weighted_rows;        // ragged, [S, columns]
+  static constexpr int kStageRows = 32;
+  CUtensorMap gate, up;            // ragged, the halves of pre_activation [S, kHalves * columns], in boxes of
+                                   // kStageRows; interleaved: `gate` is all of it
+  CUtensorMap grad_gate, grad_up;  // likewise, of grad_pre_activation
+  CUtensorMap weighted_rows;       // likewise, [S, columns]
   Element* grad_pre_activation_data;
   Element* weighted_rows_data;
   const float* topk_weights;   // [T * K]
@@ -42,193 +48,233 @@ struct ActivateBackwardEpilogue {
     store_zeros(weighted_rows_data, columns, row, row_end, column, column_end);
   }
 
-  class Worker {
-   public:
-    __device__ Worker(const ActivateBackwardEpilogue& epilogue, const Consumer& consumer)
-        : epilogue_(epilogue), consumer_(consumer) {}
+ private:
+  // A stage: for each of a tile's four fragments a piece of kStageRows x 64 of the gate, one of the up half and one for
+  // the weighted rows, then the routing weights.
+  static constexpr int kBoxBytes = kStageRows * 128;
+  static constexpr int kFragmentBytes = 3 * kBoxBytes;
+  static constexpr int kWeightsOffset = 4 * kFragmentBytes;
+  static_assert(kWeightsOffset + kStageRows * 4 <= SwapAB::kStageBytes, "more than a stage has");
 
-    __device__ __forceinline__ void begin(const ConsumerTile& tile) {
-      if (!consumer_.leads()) return;
-      tma_wait_read<0>();
-      load(tile, 0);
-      load(tile, 1);
+  // Where the two pieces of a fragment begin in their maps.
+  __device__ static int gate_column(int column) { return kInterleavedColumns ? 2 * column : column; }
+  __device__ static int up_column(int column) { return kInterleavedColumns ? 2 * column + 64 : column; }
+
+ public:
+  // The producer's part of a tile, all of its 128 threads.
+  class Loader {
+   public:
+    __device__ Loader(const ActivateBackwardEpilogue& epilogue, const Tile& tile) : epilogue_(epilogue) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = tile.row_begin + threadIdx.x + i * 128;
+        weights_[i] = row < tile.row_end ? __ldg(epilogue.topk_weights + __ldg(epilogue.sorted_rows + row)) : 0.0f;
+      }
     }
 
-    template <int kCount>
-    __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
-      static_assert(kCount == kPieces * 32, "kPieces x 64 columns a fragment");
-      const int row = tile.row + fragment * 64;
-      if (row >= tile.row_end) return;
-      const float weights[2] = {weight(tile, row + consumer_.row()), weight(tile, row + consumer_.row() + 8)};
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        const int unit = fragment * kPieces + piece;
-        const uint32_t slot = consumer_.staging + unit % 2 * kSlotBytes;
-        if (consumer_.leads()) {
-          tma_wait_read<0>();
-          if (unit >= 1) load(tile, unit + 1);  // `begin` loaded units 0 and 1
-        }
-        if (tile.column + piece * 64 >= epilogue_.columns) continue;
-        consumer_.sync();
-        barrier_wait(consumer_.barriers + unit % 2 * 8, phases_ >> unit % 2 & 1);
-        phases_ ^= 1u << unit % 2;
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          float u[8], sums[2], first[2][2], second[2][2];
-          take8(outputs, piece * 32 + pair * 16, u);
-          const int columns = epilogue_.columns - tile.column - piece * 64 - pair * 32;  // from here on
-          gradients(slot, 2 * pair, u, weights, columns, first);
-          take8(outputs, piece * 32 + pair * 16 + 8, u);
-          gradients(slot, 2 * pair + 1, u, weights, columns - 16, second);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) sums[i] = (first[0][i] + first[1][i]) + (second[0][i] + second[1][i]);
-          store_partials(tile, row, tile.column + piece * 64 + pair * 32, sums);
-        }
-        proxy_fence();
-        consumer_.sync();
-        if (consumer_.leads()) {
-          const int column = tile.column + piece * 64;
-          store_ragged(epilogue_.grad_gate, slot, gate_column(column), row, tile.row_end);
+    // Fills the tile's piece-th stage. Arrives on `full` as the loads of a product's stage do: every thread once, and
+    // thread 0 for TMA too.
+    __device__ void load(const Tile& tile, int piece, uint32_t stage, uint32_t full) const {
+      if (threadIdx.x == 0) {
+        const int first = tile.column_tile * SwapAB::kRows;
+        const int fragments = min(4, (epilogue_.columns - first + 63) / 64);
+        barrier_arrive_expect(full, fragments * kHalves * kBoxBytes);
+        const int row = ragged_row(tile.row_begin + piece * kStageRows, tile.row_end);
+        for (int fragment = 0; fragment < fragments; ++fragment) {
+          const uint32_t to = stage + fragment * kFragmentBytes;
+          const int column = first + fragment * 64;
+          tma_load(to, epilogue_.gate, full, gate_column(column), row, kRaggedRows, tile.row_end);
           if constexpr (kGatedActivation) {
-            store_ragged(kInterleavedColumns ? epilogue_.grad_gate : epilogue_.grad_up, slot + kPieceBytes,
-                         up_column(column), row, tile.row_end);
+            tma_load(to + kBoxBytes, kInterleavedColumns ? epilogue_.gate : epilogue_.up, full, up_column(column), row,
+                     kRaggedRows, tile.row_end);
           }
-          store_ragged(epilogue_.weighted_rows, weighted_piece(), column, row, tile.row_end);
-          tma_commit();
         }
       }
+      const int lane = threadIdx.x % 32;
+      if (static_cast<int>(threadIdx.x) / 32 == piece % 4) {
+        store_shared(stage + kWeightsOffset + lane * 4, __float_as_uint(piece < 4 ? weights_[0] : weights_[1]));
+      }
+      barrier_arrive(full);
     }
 
    private:
-    // Where the two pieces of a slot begin in their maps.
-    __device__ static int gate_column(int column) { return kInterleavedColumns ? 2 * column : column; }
-    __device__ static int up_column(int column) { return kInterleavedColumns ? 2 * column + 64 : column; }
-
-    __device__ uint32_t weighted_piece() const { return consumer_.staging + 2 * kSlotBytes; }
-
-    __device__ float weight(const ConsumerTile& tile, int row) const {
-      if (row >= tile.row_end) return 0.0f;
-      return __ldg(epilogue_.topk_weights + __ldg(epilogue_.sorted_rows + row));
-    }
-
-    // Starts the loads of a unit, if there are such rows and columns.
-    __device__ void load(const ConsumerTile& tile, int unit) const {
-      const int row = tile.row + unit / kPieces * 64, column = tile.column + unit % kPieces * 64;
-      if (unit >= kUnits || row >= tile.row_end || column >= epilogue_.columns) return;
-      const uint32_t slot = consumer_.staging + unit % 2 * kSlotBytes, barrier = consumer_.barriers + unit % 2 * 8;
-      barrier_arrive_expect(barrier, kSlotBytes);
-      tma_load(slot, epilogue_.gate, barrier, gate_column(column), ragged_row(row, tile.row_end), kRaggedRows,
-               tile.row_end);
-      if constexpr (kGatedActivation) {
-        tma_load(slot + kPieceBytes, kInterleavedColumns ? epilogue_.gate : epilogue_.up, barrier, up_column(column),
-                 ragged_row(row, tile.row_end), kRaggedRows, tile.row_end);
-      }
-    }
-
-    __device__ static void unpack_matrix(const uint32_t (&words)[4], float (&values)[8]) {
-      unpack8<Element>(make_uint4(words[0], words[1], words[2], words[3]), values);
-    }
-
-    // 16 columns of the slot: puts the gradients where the pre-activation was. sums[h][i]: dot(activated, u) over this
-    // thread's two columns of the h-th 8, i = 0 its own row, 1 the row 8 below; 0 where there are no such columns.
-    __device__ __forceinline__ void gradients(uint32_t slot, int group, const float (&u)[8], const float (&weights)[2],
-                                              int columns, float (&sums)[2][2]) const {
-      float gate[8], up[8], activated[8], by_gate[8], by_up[8];
-      uint32_t words[4];
-      const uint32_t gate_address = consumer_.matrix_address(slot, group), up_address = gate_address + kPieceBytes;
-      if constexpr (kInterleavedColumns) {
-        load_interleaved(slot, group, gate, up);
-      } else {
-        ldmatrix_x4(words, gate_address);
-        unpack_matrix(words, gate);
-        if constexpr (kGatedActivation) {
-          ldmatrix_x4(words, up_address);
-          unpack_matrix(words, up);
-        }
-      }
-      activate8_backward<kSet>(epilogue_.activation, gate, up, activated, by_gate, by_up);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int at = half * 4 + i * 2;
-          const float sum = dot2(activated[at], u[at], activated[at + 1], u[at + 1]);
-          sums[half][i] = half * 8 < columns ? sum : 0.0f;  // an infinite gradient times a weight of 0 is NaN
-        }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float weight = weights[i / 2 % 2];
-        by_gate[i] *= weight * u[i];
-        if constexpr (kGatedActivation) by_up[i] *= weight * u[i];
-        activated[i] *= weight;
-      }
-      if constexpr (kInterleavedColumns) {
-        store_interleaved(slot, group, by_gate, by_up);
-      } else {
-        pack_matrix<Element>(by_gate, words);
-        stmatrix_x4(gate_address, words);
-        if constexpr (kGatedActivation) {
-          pack_matrix<Element>(by_up, words);
-          stmatrix_x4(up_address, words);
-        }
-      }
-      pack_matrix<Element>(activated, words);
-      stmatrix_x4(consumer_.matrix_address(weighted_piece(), group), words);
-    }
-
-    // Shared address of the gate and up of this thread's two columns of the `half`-th 8 of a group, in turn: 8 bytes. i
-    // = 0: its own row, 1: the row 8 below.
-    __device__ __forceinline__ uint32_t interleaved_address(uint32_t slot, int group, int half, int i) const {
-      const int row = consumer_.row() + 8 * i;
-      const int chunk = group % 2 * 4 + half * 2 + threadIdx.x % 4 / 2;  // of 16 bytes, in the slot's piece group / 2
-      return slot + group / 2 * kPieceBytes + row * 128 + ((chunk ^ row % 8) << 4) + threadIdx.x % 2 * 8;
-    }
-
-    __device__ __forceinline__ void load_interleaved(uint32_t slot, int group, float (&gate)[8], float (&up)[8]) const {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t words[2];
-          load_shared(words, interleaved_address(slot, group, half, i));
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float2 pair = unpack2<Element>(words[j]);
-            gate[half * 4 + i * 2 + j] = pair.x, up[half * 4 + i * 2 + j] = pair.y;
-          }
-        }
-    }
-
-    __device__ __forceinline__ void store_interleaved(uint32_t slot, int group, const float (&gate)[8],
-                                                      const float (&up)[8]) const {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int at = half * 4 + i * 2;
-          const uint32_t words[2] = {pack2<Element>(gate[at], up[at]), pack2<Element>(gate[at + 1], up[at + 1])};
-          store_shared(interleaved_address(slot, group, half, i), words);
-        }
-    }
-
-    __device__ __forceinline__ void store_partials(const ConsumerTile& tile, int first_row, int column,
-                                                   float (&sums)[2]) const {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
-        sums[i] += __shfl_xor_sync(~0u, sums[i], 2);
-        const int row = first_row + consumer_.row() + 8 * i;
-        if (threadIdx.x % 4 == 0 && row < tile.row_end && column < epilogue_.columns) {
-          epilogue_.partials[static_cast<int64_t>(row) * epilogue_.num_partials + column / kRoutingGradColumns] =
-              sums[i];
-        }
-      }
-    }
-
     const ActivateBackwardEpilogue& epilogue_;
-    const Consumer& consumer_;
-    uint32_t phases_ = 0;
+    float weights_[2];  // of rows threadIdx.x and + 128 of the tile
   };
+
+  // A consumer's part of a tile, behind its products: stage after stage, from `position` on.
+  template <typename Config, int kCount>
+  __device__ __forceinline__ void finish(const ConsumerTile& tile, const float (&outputs)[2][kCount],
+                                         const Ring<Config>& ring, RingPosition<Config>& position,
+                                         const Consumer& consumer) const {
+#pragma unroll
+    for (int piece = 0; piece * kStageRows < kMostRows; ++piece) {
+      const int row = tile.row + piece * kStageRows;
+      if (row >= tile.row_end) break;
+      barrier_wait(ring.full(position.stage()), position.phase());
+      const uint32_t stage = ring.a(position.stage());
+      const uint32_t mine = stage + consumer.index * 2 * kFragmentBytes;
+#pragma unroll
+      for (int group = 0; group < kStageRows / 16; ++group) {
+        if (piece * kStageRows + group * 16 >= kMostRows) break;
+        if (group > 0 && row + group * 16 >= tile.row_end) break;
+        dispatch_activation<kSet>(activation.kind, [&](auto tag) {
+          gradients<decltype(tag)::kind>(tile, outputs, piece * (kStageRows / 2) + group * 8, row, group, mine,
+                                         stage + kWeightsOffset);
+        });
+      }
+      proxy_fence();
+      consumer.sync();
+      if (consumer.leads()) {
+        store(tile, row, mine);
+        if (piece > 0) {
+          tma_wait_read<1>();
+          barrier_arrive(ring.empty(position.previous_stage()));
+        }
+      } else {
+        barrier_arrive(ring.empty(position.stage()));
+      }
+      position.advance();
+    }
+    if (consumer.leads()) {
+      tma_wait_read<0>();
+      barrier_arrive(ring.empty(position.previous_stage()));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void store(const ConsumerTile& tile, int row, uint32_t shared) const {
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const int column = tile.column + f * 64;
+      if (column >= columns) break;
+      const uint32_t piece = shared + f * kFragmentBytes;
+      store_ragged(grad_gate, piece, gate_column(column), row, tile.row_end);
+      if constexpr (kGatedActivation) {
+        store_ragged(kInterleavedColumns ? grad_gate : grad_up, piece + kBoxBytes, up_column(column), row,
+                     tile.row_end);
+      }
+      store_ragged(weighted_rows, piece + 2 * kBoxBytes, column, row, tile.row_end);
+    }
+    tma_commit();
+  }
+
+  // 16 rows of both fragments: puts the gradients where the pre-activation was. The outputs are those from `first` on.
+  template <Activation kKind, int kCount>
+  __device__ __forceinline__ void gradients(const ConsumerTile& tile, const float (&outputs)[2][kCount], int first,
+                                            int row, int group, uint32_t shared, uint32_t shared_weights) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    uint32_t weights[2][2];  // [j][i]: of row 8 j + 2 (lane % 4) + i
+    load_shared(weights[0], shared_weights + (group * 16 + lane % 4 * 2) * 4);
+    load_shared(weights[1], shared_weights + (group * 16 + 8 + lane % 4 * 2) * 4);
+    float sums[2];  // of a fragment, of the row that this thread stores
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const int left = columns - (tile.column + f * 64 + warp * 16);  // columns from this warp's first on
+      uint32_t words[8] = {}, weighted[4];
+      read(shared + f * kFragmentBytes, group, words);
+      float products[2][2];  // [j][i]: the sum over this thread's two columns
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // this thread's two columns
+          const int at = 2 * j + half;
+          uint32_t& one = words[kInterleavedColumns ? 2 * at : at];
+          uint32_t& other = words[kInterleavedColumns ? 2 * at + 1 : 4 + at];
+          float gate[2], up[2], activated[2];
+          unpack(one, other, gate, up);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float u = outputs[f][first + 2 * at + i], weight = __uint_as_float(weights[j][i]);
+            const auto of = activate_backward<kSet, kKind>(activation, gate[i], up[i]);
+            // where there is no column: an infinite gradient times a weight of 0 is NaN
+            const float product = left > half * 8 ? __fmul_rn(of.activated, u) : 0.0f;
+            products[j][i] = half == 0 ? product : __fadd_rn(products[j][i], product);
+            gate[i] = of.by_gate * (weight * u), up[i] = of.by_up * (weight * u);
+            activated[i] = of.activated * weight;
+          }
+          pack(gate, up, one, other);
+          weighted[at] = pack2<Element>(activated[0], activated[1]);
+        }
+      sums[f] = sum_of_columns(products);
+      write(shared + f * kFragmentBytes, group, words);
+      stmatrix_x4_transposed(shared + f * kFragmentBytes + 2 * kBoxBytes + transposed_offset(group), weighted);
+    }
+    store_partial(tile, row + group * 16, sums);
+  }
+
+  // The 8 threads of a warp that share rows have 2 of a fragment's 16 columns each. Adds up those of four, neighbours
+  // first, of the row that this thread is to store: 8 j + 2 (lane % 4) + i.
+  __device__ __forceinline__ static float sum_of_columns(const float (&products)[2][2]) {
+    const bool j = threadIdx.x & 4, i = threadIdx.x & 8;
+    float sums[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      sums[k] = (j ? products[1][k] : products[0][k]) + __shfl_xor_sync(~0u, j ? products[0][k] : products[1][k], 4);
+    }
+    return (i ? sums[1] : sums[0]) + __shfl_xor_sync(~0u, i ? sums[0] : sums[1], 8);
+  }
+
+  // sums: of the two fragments, of which this thread adds up the other half of one and stores it.
+  __device__ __forceinline__ void store_partial(const ConsumerTile& tile, int first_row, const float (&sums)[2]) const {
+    const int lane = threadIdx.x % 32;
+    const bool f = lane & 16;
+    const float sum = (f ? sums[1] : sums[0]) + __shfl_xor_sync(~0u, f ? sums[0] : sums[1], 16);
+    const int row = first_row + lane / 4 % 2 * 8 + lane % 4 * 2 + lane / 8 % 2;
+    const int column = tile.column + (f ? 64 : 0) + threadIdx.x % 128 / 32 * 16;
+    if (row < tile.row_end && column < columns) {
+      partials[static_cast<int64_t>(row) * num_partials + static_cast<unsigned>(column) / kRoutingGradColumns] = sum;
+    }
+  }
+
+  // The pre-activation of the 8 outputs that a thread has of 16 rows: four words of their gates and four of their ups,
+  // or, interleaved, a word for each.
+  __device__ __forceinline__ static void read(uint32_t shared, int group, uint32_t (&words)[8]) {
+    if constexpr (kInterleavedColumns) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) words[i] = load_shared(shared + interleaved_offset(group, i));
+    } else {
+      auto& halves = reinterpret_cast<uint32_t (&)[2][4]>(words);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        ldmatrix_x4_transposed(halves[half], shared + half * kBoxBytes + transposed_offset(group));
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void write(uint32_t shared, int group, const uint32_t (&words)[8]) {
+    if constexpr (kInterleavedColumns) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) store_shared(shared + interleaved_offset(group, i), words[i]);
+    } else {
+      auto& halves = reinterpret_cast<const uint32_t (&)[2][4]>(words);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        stmatrix_x4_transposed(shared + half * kBoxBytes + transposed_offset(group), halves[half]);
+      }
+    }
+  }
+
+  // Of two outputs: a word of gates and one of ups, or, interleaved, one for each output.
+  __device__ __forceinline__ static void unpack(uint32_t one, uint32_t other, float (&gate)[2], float (&up)[2]) {
+    const float2 first = unpack2<Element>(one), second = unpack2<Element>(other);
+    gate[0] = first.x, gate[1] = kInterleavedColumns ? second.x : first.y;
+    up[0] = kInterleavedColumns ? first.y : second.x, up[1] = second.y;
+  }
+
+  __device__ __forceinline__ static void pack(const float (&gate)[2], const float (&up)[2], uint32_t& one,
+                                              uint32_t& other) {
+    one = kInterleavedColumns ? pack2<Element>(gate[0], up[0]) : pack2<Element>(gate[0], gate[1]);
+    other = kInterleavedColumns ? pack2<Element>(gate[1], up[1]) : pack2<Element>(up[0], up[1]);
+  }
+
+  // Of the gate and up of this thread's i-th output of 16 rows, 4 bytes, in a fragment's two pieces of 64 columns.
+  __device__ __forceinline__ static int interleaved_offset(int group, int i) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const int row = group * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    const int chunk = warp % 2 * 4 + i / 2 % 2 * 2 + lane / 16;  // of 16 bytes
+    return warp / 2 * kBoxBytes + row * 128 + ((chunk ^ row % 8) << 4) + lane / 4 % 4 * 4;
+  }
 };
 
 }  // namespace moe::sm90

@@ -1,10 +1,9 @@
 // What happens to a consumer's fp32 outputs. The results are laid into shared memory as TMA wants them, 64 rows x 64
 // columns a time, and TMA stores them through ragged maps, which end at the expert's last row.
 //
-// Every epilogue has `kGated` (two columns of the tile, gate and up, make an output column), `columns` (output columns
-// in all), the shared memory and barriers that a consumer warpgroup needs, and a Worker with begin(tile) before a
-// tile's products and finish(tile, fragment, outputs) after them; zeros(tile, rows, columns) takes their place where
-// rows have no expert.
+// An epilogue of an m-grouped product has `kGated` (two columns of the tile, gate and up, make an output column),
+// `columns` (output columns in all) and zeros(rows, columns) for rows without an expert; for what m_grouped.cuh and
+// swap_ab.cuh want besides see interleaved.cuh and swap_ab_epilogues.cuh.
 #pragma once
 
 #include "../../common/activation.cuh"
@@ -25,9 +24,8 @@ struct ConsumerTile {
 };
 
 struct Consumer {
-  int index;          // 0 or 1
-  uint32_t staging;   // shared memory of this warpgroup's epilogue
-  uint32_t barriers;  // likewise
+  int index;         // 0 or 1
+  uint32_t staging;  // shared memory of this warpgroup's epilogue
 
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ bool leads() const { return threadIdx.x % 128 == 0; }
@@ -35,7 +33,7 @@ struct Consumer {
     if (index == 0) named_barrier_sync<1, 128>();
     else named_barrier_sync<2, 128>();
   }
-  // Shared address, in the piece at `piece`, of this lane's 16 bytes of a stmatrix or ldmatrix of columns 16 group ..
+  // Shared address, in the piece at `piece`, of this lane's 16 bytes of a stmatrix of columns 16 group ..
   // + 15.
   __device__ uint32_t matrix_address(uint32_t piece, int group) const {
     const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
@@ -87,71 +85,87 @@ __device__ __forceinline__ void store_zeros(Element* data, int pitch, int row, i
   }
 }
 
-// Pieces of shared memory in turn: some are filled while TMA reads the others.
-template <int kBuffers>
+// Pieces of shared memory between a tile's outputs and TMA's stores: kRingPieces of the tile's last stage, which nobody
+// but this consumer reads, and kBuffers of its own, which take turns when those of the stage are filled.
+template <int kRingPieces, int kBuffers>
 class Stager {
  public:
   static constexpr int kBytes = kBuffers * kPieceBytes;
 
   __device__ explicit Stager(const Consumer& consumer) : consumer_(consumer) {}
 
+  // A tile begins, with the memory of its stage.
+  __device__ __forceinline__ void begin(uint32_t ring_pieces) { ring_pieces_ = ring_pieces, filled_ = 0; }
+
+  // The stage's memory may go back when the leader returns.
+  __device__ __forceinline__ void end() const {
+    if (consumer_.leads()) filled_ >= kRingPieces + kBuffers ? tma_wait_read<kBuffers>() : tma_wait_read<0>();
+  }
+
   // Stores 64 columns; values_of(group, values) gives this thread's 8 values of 16 columns.
   template <typename Element, typename ValuesOf, typename Store>
   __device__ __forceinline__ void store(ValuesOf values_of, Store store_piece) {
-    const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
-    if (consumer_.leads()) tma_wait_read<kBuffers - 1>();
-    consumer_.sync();
+    store_written(
+        [&](uint32_t piece) {
 #pragma unroll
-    for (int group = 0; group < 4; ++group) {
-      float values[8];
-      values_of(group, values);
-      uint32_t words[4];
-      pack_matrix<Element>(values, words);
-      stmatrix_x4(consumer_.matrix_address(piece, group), words);
-    }
-    hand_over(piece, store_piece);
-  }
-
-  // Stores a piece that write(address) lays there.
-  template <typename Write, typename Store>
-  __device__ __forceinline__ void store_written(Write write, Store store_piece) {
-    const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
-    if (consumer_.leads()) tma_wait_read<kBuffers - 1>();
-    consumer_.sync();
-    write(piece);
-    hand_over(piece, store_piece);
+          for (int group = 0; group < 4; ++group) {
+            float values[8];
+            values_of(group, values);
+            uint32_t words[4];
+            pack_matrix<Element>(values, words);
+            stmatrix_x4(consumer_.matrix_address(piece, group), words);
+          }
+        },
+        store_piece);
   }
 
   // Stores 32 columns of fp32: outputs first .. first + 15.
   template <int kCount, typename Store>
   __device__ __forceinline__ void store_fp32(const float (&outputs)[kCount], int first, Store store_piece) {
-    const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
-    if (consumer_.leads()) tma_wait_read<kBuffers - 1>();
-    consumer_.sync();
+    store_written(
+        [&](uint32_t piece) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // 8 columns i / 2; this thread's row, or the one 8 below
-      const int row = consumer_.row() + i % 2 * 8, column = i / 2 * 8 + consumer_.column();
-      const uint32_t address = piece + row * 128 + ((column / 4 ^ row % 8) << 4) + column % 4 * 4;
-      const int at = first + i / 2 * 4 + i % 2 * 2;
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(outputs[at]), "f"(outputs[at + 1])
-                   : "memory");
-    }
-    hand_over(piece, store_piece);
+          for (int i = 0; i < 8; ++i) {  // 8 columns i / 2; this thread's row, or the one 8 below
+            const int row = consumer_.row() + i % 2 * 8, column = i / 2 * 8 + consumer_.column();
+            const uint32_t address = piece + row * 128 + ((column / 4 ^ row % 8) << 4) + column % 4 * 4;
+            const int at = first + i / 2 * 4 + i % 2 * 2;
+            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(outputs[at]), "f"(outputs[at + 1])
+                         : "memory");
+          }
+        },
+        store_piece);
   }
 
- private:
-  template <typename Store>
-  __device__ __forceinline__ void hand_over(uint32_t piece, Store store_piece) {
+  // Stores a piece that write(address) lays there.
+  template <typename Write, typename Store>
+  __device__ __forceinline__ void store_written(Write write, Store store_piece) {
+    const bool in_ring = filled_ < kRingPieces;
+    const int buffer = (filled_ - kRingPieces) % kBuffers;
+    const uint32_t piece = in_ring ? ring_pieces_ + filled_ * kPieceBytes : consumer_.staging + buffer * kPieceBytes;
+    if (!in_ring && consumer_.leads()) wait_read(filled_ < kRingPieces + kBuffers ? filled_ : kBuffers - 1);
+    consumer_.sync();
+    write(piece);
     proxy_fence();
     consumer_.sync();
     if (consumer_.leads()) {
       store_piece(piece);
       tma_commit();
     }
-    if (++turn_ == kBuffers) turn_ = 0;
+    ++filled_;
   }
+
+ private:
+  __device__ __forceinline__ static void wait_read(int pending) {
+    static_assert(kRingPieces + kBuffers <= 4);
+    if (pending == 0) tma_wait_read<0>();
+    else if (pending == 1) tma_wait_read<1>();
+    else if (pending == 2) tma_wait_read<2>();
+    else tma_wait_read<3>();
+  }
+
   const Consumer& consumer_;
-  int turn_ = 0;
+  uint32_t ring_pieces_ = 0;
+  int filled_ = 0;  // pieces of this tile; where no column is missing the compiler knows it in its unrolled loops
 };
 
 __device__ __forceinline__ void store_ragged(const CUtensorMap& map, uint32_t piece, int column, int row, int row_end) {

@@ -9,8 +9,7 @@ namespace moe::sm90 {
 template <typename Element, ActivationSet kSet, int kBuffers>
 struct ActivateInterleavedEpilogue {
   static constexpr bool kGated = true;
-  static constexpr int kSharedBytes = Stager<kBuffers>::kBytes;
-  static constexpr int kBarriers = 0;
+  static constexpr int kSharedBytes = Stager<0, kBuffers>::kBytes;
   CUtensorMap rows;            // ragged, [S, columns]
   CUtensorMap pre_activation;  // ragged, [S, 2 * columns]
   Element* rows_data;
@@ -29,12 +28,12 @@ struct ActivateInterleavedEpilogue {
    public:
     __device__ Worker(const ActivateInterleavedEpilogue& epilogue, const Consumer& consumer)
         : epilogue_(epilogue), consumer_(consumer), stager_(consumer) {}
-    __device__ void begin(const ConsumerTile&) {}
 
     template <int kCount>
     __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
       const int row = tile.row + fragment * 64;
       if (row >= tile.row_end) return;
+      stager_.begin(0);
 #pragma unroll
       for (int piece = 0; piece < kCount / 32; ++piece) {
         const int column = 2 * tile.column + piece * 64, width = 2 * epilogue_.columns;
@@ -88,7 +87,7 @@ struct ActivateInterleavedEpilogue {
 
     const ActivateInterleavedEpilogue& epilogue_;
     const Consumer& consumer_;
-    Stager<kBuffers> stager_;
+    Stager<0, kBuffers> stager_;
   };
 };
 

@@ -5,7 +5,9 @@
 // Both operands lie row by row, so both are MN-major: a stage is 64 rows, in chunks of 64 columns. One side may be
 // gathered, by cp.async of the producer's 128 threads; it gets the narrow side of the tile. The other comes through a
 // ragged map, which reads zeros behind the expert's last row. Tiles are numbered expert by expert, along the rows of
-// the output. An expert without rows gets zeros, or, where the gradient is added to what is there, nothing.
+// the output. An expert without rows gets zeros, or, where the gradient is added to what is there, nothing. Of an
+// expert's last 64 rows only so many steps of 16 are multiplied as it has. A tile's outputs go through its last stage
+// and two buffers (Stager), so that hardly a product waits for TMA's stores.
 #pragma once
 
 #include "../../common/divisor.h"
@@ -142,25 +144,25 @@ __device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Elem
   ColumnGather<Element> gather(operands, kGradGathered ? operands.n : operands.k);
   WeightTile tile, upcoming;
   bool more = tiles.next(tile);
-  if (more) gather.start(kGradGathered ? tile.row : tile.column, tile.begin, tile.end);
+  if (kGathered != Gathered::kNone && more) gather.start(kGradGathered ? tile.row : tile.column, tile.begin, tile.end);
   while (more) {
     more = tiles.next(upcoming);  // its loads are under way while this tile's first rows are copied
     for (int row = tile.begin; row < tile.end; row += kDepth, position.advance()) {
-      barrier_wait(ring.empty(position.stage), position.phase ^ 1);
-      const uint32_t full = ring.full(position.stage);
+      barrier_wait(ring.empty(position.stage()), position.phase() ^ 1);
+      const uint32_t full = ring.full(position.stage());
       if (threadIdx.x == 0) {
         barrier_arrive_expect(full, kTmaBytes);
         if (kGathered != Gathered::kGrad) {
-          load_ragged<Config::kRows / 64>(operands.ragged, ring.a(position.stage), full, tile.row, row, tile.end);
+          load_ragged<Config::kRows / 64>(operands.ragged, ring.a(position.stage()), full, tile.row, row, tile.end);
         }
         if (kGathered != Gathered::kA) {
           const CUtensorMap& map = kGathered == Gathered::kNone ? operands.ragged_too : operands.ragged;
-          load_ragged<Config::kCols / 64>(map, ring.b(position.stage), full, tile.column, row, tile.end);
+          load_ragged<Config::kCols / 64>(map, ring.b(position.stage()), full, tile.column, row, tile.end);
         }
       }
       if constexpr (kGathered != Gathered::kNone) {
         const bool whole = row + kDepth <= tile.end;
-        gather.load(kGradGathered ? ring.a(position.stage) : ring.b(position.stage), whole);
+        gather.load(kGradGathered ? ring.a(position.stage()) : ring.b(position.stage()), whole);
         cp_async_arrive(full);
         if (row + kDepth >= tile.end && more) {  // row numbers of the next tile, as early as those of the next stage
           gather.start(kGradGathered ? upcoming.row : upcoming.column, upcoming.begin, upcoming.end);
@@ -188,8 +190,8 @@ struct WeightStore {
                 min(tile.column + columns, operands.k));
   }
 
-  template <int kBuffers, int kCount>
-  __device__ __forceinline__ void finish(Stager<kBuffers>& stager, const WeightTile& tile, int row, int width,
+  template <typename Stager, int kCount>
+  __device__ __forceinline__ void finish(Stager& stager, const WeightTile& tile, int row, int width,
                                          float (&outputs)[kCount]) const {
 #pragma unroll
     for (int piece = 0; piece < 2 * kCount / kPieceColumns; ++piece) {
@@ -214,9 +216,9 @@ __device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Conf
                                      const Consumer& consumer) {
   if (consumer.thread() < 32) {
     for (int block = 0; block < blocks; ++block) {
-      barrier_wait(ring.full(position.stage), position.phase);
+      barrier_wait(ring.full(position.stage()), position.phase());
       __syncwarp();
-      if (consumer.leads()) barrier_arrive(ring.empty(position.stage));
+      if (consumer.leads()) barrier_arrive(ring.empty(position.stage()));
       position.advance();
     }
   } else {
@@ -225,13 +227,27 @@ __device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Conf
   consumer.sync();
 }
 
+// Calls body(constant), the constant being `steps`, from 1 to kMost.
+template <int kMost, typename Body>
+__device__ __forceinline__ void dispatch_steps(int steps, Body&& body) {
+  if constexpr (kMost == 1) {
+    body(std::integral_constant<int, kMost>{});
+  } else {
+    if (steps == kMost) body(std::integral_constant<int, kMost>{});
+    else dispatch_steps<kMost - 1>(steps, body);
+  }
+}
+
 template <typename Config, typename Element, Gathered kGathered, bool kAccumulate>
 __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Element>& operands,
                                                      const WeightStore<Element, kAccumulate>& store,
                                                      const Ring<Config>& ring, const Consumer& consumer) {
   WeightTiles<Config, Element> tiles(operands);
   RingPosition<Config> position;
-  Stager<Config::kBuffers> stager(consumer);
+  Stager<Config::kFragments, Config::kBuffers> stager(consumer);
+  auto give_back = [&](int stage, int) {
+    if (consumer.leads()) barrier_arrive(ring.empty(stage));
+  };
   const int first_fragment = consumer.index * Config::kFragments;
   WeightTile tile, upcoming;
   for (bool more = tiles.next(tile); more; tile = upcoming) {
@@ -247,21 +263,27 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
       continue;
     }
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
-    const int last = multiply<Config, Element, false, false, kGathered != Gathered::kNone>(
-        outputs, ring, position, blocks, first_fragment, consumer.leads());
-    if (consumer.leads()) barrier_arrive(ring.empty(last));
+    int last = 0;
+    dispatch_steps<kSteps>((tile.end - tile.begin - 1) % kDepth / 16 + 1, [&](auto steps) {
+      last = multiply<Config, Element, false, false, kGathered != Gathered::kNone, Config::kCols, 1,
+                      decltype(steps)::value>(outputs, ring, position, blocks, first_fragment, give_back);
+    });
+    stager.begin(ring.a(last) + first_fragment * 8192);
 #pragma unroll
     for (int f = 0; f < Config::kFragments; ++f) {
       const int row = first_row + f * 64;
       if (row < operands.n) store.finish(stager, tile, row, operands.k, outputs[f]);
     }
+    stager.end();
+    give_back(last, 0);
   }
   if (consumer.leads()) tma_wait_all();
 }
 
 template <typename Config>
 struct KGroupedShared {
-  static constexpr int kBarriers = Ring<Config>::kBytes + kConsumers * Stager<Config::kBuffers>::kBytes;
+  static constexpr int kBarriers =
+      Ring<Config>::kBytes + kConsumers * Stager<Config::kFragments, Config::kBuffers>::kBytes;
   static constexpr int kBytes = kBarriers + Ring<Config>::kBarrierBytes;
   static_assert(kBytes <= kMaxSharedBytes, "more than an SM has");
 };
@@ -287,7 +309,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     take_registers<kGathered == Gathered::kNone ? 240 : 224>();
     const int index = threadIdx.x / 128 - 1;
-    const Consumer consumer{index, base + Ring<Config>::kBytes + index * Stager<Config::kBuffers>::kBytes, 0};
+    const Consumer consumer{index,
+                            base + Ring<Config>::kBytes + index * Stager<Config::kFragments, Config::kBuffers>::kBytes};
     consume_weight_tiles<Config, Element, kGathered, kAccumulate>(operands, store, ring, consumer);
   }
 #endif

@@ -66,8 +66,9 @@ void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStre
   constexpr auto kKernel = m_grouped_kernel<Config, kWeightsKMajor, Element, Epilogue>;
   using Shared = MGroupedShared<Config, Epilogue>;
   allow_shared_memory<SharedBytes<Shared>, kKernel>(name);
-  const auto operands = operands_of<true, kWeightsKMajor, false, Config::kCols, 0, Element>(product);
+  auto operands = operands_of<true, kWeightsKMajor, false, Config::kCols, 0, Element>(product);
   const int64_t column_tiles = ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
+  operands.column_tiles = static_cast<int>(column_tiles);
   const int blocks = blocks_of(product, Config::kRows, column_tiles, name);
   kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, epilogue);
   check_launch(name);
@@ -78,10 +79,10 @@ void launch_swap_ab(const Product& product, const Epilogue& epilogue, cudaStream
   using Config = SwapAB;
   constexpr auto kKernel = swap_ab_kernel<Config, Element, kGathered, kWeightsKMajor, Epilogue>;
   allow_shared_memory<SwapABShared, kKernel>(name);
-  const auto operands =
-      operands_of<kGathered, kWeightsKMajor, Epilogue::kGated, Config::kRows, kRowBox, Element>(product);
+  auto operands = operands_of<kGathered, kWeightsKMajor, Epilogue::kGated, Config::kRows, kRowBox, Element>(product);
   const int64_t column_tiles = ceil_div(epilogue.columns, Config::kRows / (Epilogue::kGated ? 2 : 1));
-  const int blocks = blocks_of(product, kMostRows, column_tiles, name);
+  operands.column_tiles = static_cast<int>(column_tiles);
+  const int blocks = blocks_of(product, Epilogue::kMostRows, column_tiles, name);
   kKernel<<<blocks, kThreads, SwapABShared::kSharedBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }

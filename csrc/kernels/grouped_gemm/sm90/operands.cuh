@@ -16,7 +16,8 @@ struct MGroupedOperands {
   Divisor row_divisor;            // K
   const int32_t* expert_offsets;  // [E + 1]
   int num_experts;
-  int num_rows;  // S
+  int num_rows;      // S
+  int column_tiles;  // of the weights' columns
   int k;
 };
 

@@ -22,29 +22,25 @@ struct Ring {
   __device__ uint32_t full(int stage) const { return barriers + stage * 8; }
   __device__ uint32_t empty(int stage) const { return barriers + (Config::kStages + stage) * 8; }
 
-  // Called by one thread, before a __syncthreads.
-  __device__ void init(int producer_arrivals) const {
+  // Called by one thread, before a __syncthreads. The arrivals that `full` and `empty` wait for.
+  __device__ void init(int producer_arrivals, int consumer_arrivals = kConsumers) const {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       barrier_init(full(stage), producer_arrivals);
-      barrier_init(empty(stage), Config::kPingPong ? 1 : kConsumers);
+      barrier_init(empty(stage), consumer_arrivals);
     }
   }
 };
 
-// Where in the ring a warpgroup is. The phase flips with every round.
+// Where in the ring a warpgroup is: the stages that it has passed. The phase flips with every round.
 template <typename Config>
 struct RingPosition {
-  int stage = 0;
-  uint32_t phase = 0;
+  static_assert((Config::kStages & (Config::kStages - 1)) == 0, "else the count's overflow would move it");
+  uint32_t passed = 0;
 
-  __device__ void advance() {
-    if (++stage == Config::kStages) stage = 0, phase ^= 1;
-  }
-  __device__ void advance(int blocks) {
-    const int reached = stage + blocks;
-    stage = reached % Config::kStages;
-    phase ^= (reached / Config::kStages) & 1;
-  }
+  __device__ int stage() const { return passed % Config::kStages; }
+  __device__ int previous_stage() const { return (passed - 1) % Config::kStages; }
+  __device__ uint32_t phase() const { return passed / Config::kStages & 1; }
+  __device__ void advance(int blocks = 1) { passed += blocks; }
 };
 
 // A consumer's part of a tile: kFragments x 64 rows. Outputs of one fragment: Config::kCols / 2 registers, laid out as
@@ -58,26 +54,28 @@ __device__ __forceinline__ void pin(Outputs<Config>& outputs) {
   for (int f = 0; f < Config::kFragments; ++f) pin<kCount>(outputs[f]);
 }
 
-// The products of a tile's `blocks` >= 1 stages. A stage is given back one block late, when its products are known to
-// be done; the last one is the caller's to give back, and returned. kGathered: cp.async wrote into the stages, so each
-// consumer fences before wgmma reads them. kColumns: of the tile's columns those that are computed. Fragment f of the
-// consumer is fragment first_fragment + f * kFragmentStride of the stage.
+// The products of a tile's `blocks` >= 1 stages. Of the last one kLastSteps x 16 of the contraction are multiplied. A
+// stage is given back one block late, when its products are known to be done, by give_back(stage, block); the last one
+// is the caller's to give back, and returned. kGathered: cp.async wrote into the stages, so each consumer fences before
+// wgmma reads them. kColumns: of the tile's columns those that are computed. Fragment f of the consumer is fragment
+// first_fragment + f * kFragmentStride of the stage.
 template <typename Config, typename Element, bool kAKMajor, bool kBKMajor, bool kGathered, int kColumns = Config::kCols,
-          int kFragmentStride = 1>
+          int kFragmentStride = 1, int kLastSteps = kSteps, typename GiveBack>
 __device__ __forceinline__ int multiply(Outputs<Config>& outputs, const Ring<Config>& ring,
-                                        RingPosition<Config>& position, int blocks, int first_fragment, bool leader) {
+                                        RingPosition<Config>& position, int blocks, int first_fragment,
+                                        GiveBack give_back) {
   // A fragment's 64 rows: 64 rows of 128 bytes, or one MN-major chunk. Both are 8192 bytes.
   const uint32_t a_offset = first_fragment * 8192;
   int previous = 0;
-  for (int block = 0; block < blocks; ++block) {
-    barrier_wait(ring.full(position.stage), position.phase);
+  auto multiply_block = [&](int block, auto steps) {
+    barrier_wait(ring.full(position.stage()), position.phase());
     if constexpr (kGathered) proxy_fence();
-    const uint64_t a = operand_descriptor<kAKMajor>(ring.a(position.stage) + a_offset);
-    const uint64_t b = operand_descriptor<kBKMajor>(ring.b(position.stage));
+    const uint64_t a = operand_descriptor<kAKMajor>(ring.a(position.stage()) + a_offset);
+    const uint64_t b = operand_descriptor<kBKMajor>(ring.b(position.stage()));
     pin<Config, kColumns / 2>(outputs);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
+    for (int step = 0; step < decltype(steps)::value; ++step)
 #pragma unroll
       for (int f = 0; f < Config::kFragments; ++f) {
         wgmma<Element, !kAKMajor, !kBKMajor, kColumns>(
@@ -86,25 +84,18 @@ __device__ __forceinline__ int multiply(Outputs<Config>& outputs, const Ring<Con
       }
     wgmma_commit();
     wgmma_wait<1>();
-    if (block > 0 && leader) barrier_arrive(ring.empty(previous));
-    previous = position.stage;
+    if (block > 0) give_back(previous, block - 1);
+    previous = position.stage();
     position.advance();
+  };
+  constexpr bool kPartial = kLastSteps < kSteps;
+  for (int block = 0; block < blocks - kPartial; ++block) {
+    multiply_block(block, std::integral_constant<int, kSteps>{});
   }
+  if constexpr (kPartial) multiply_block(blocks - 1, std::integral_constant<int, kLastSteps>{});
   wgmma_wait<0>();
   pin<Config, kColumns / 2>(outputs);
   return previous;
 }
-
-// Ping-pong: the tensor cores belong to one consumer at a time. Each waits for its turn before its products and gives
-// the turn to the other after them.
-template <typename Config>
-struct Turns {
-  __device__ static void wait(int consumer) {
-    if constexpr (Config::kPingPong) consumer == 0 ? named_barrier_sync<3, 256>() : named_barrier_sync<4, 256>();
-  }
-  __device__ static void give_to(int consumer) {
-    if constexpr (Config::kPingPong) consumer == 0 ? named_barrier_arrive<3, 256>() : named_barrier_arrive<4, 256>();
-  }
-};
 
 }  // namespace moe::sm90

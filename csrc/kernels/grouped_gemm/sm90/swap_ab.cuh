@@ -5,6 +5,10 @@
 // to the bit as m_grouped.cuh does. wgmma takes its B in steps of 8 rows, so that a tile is as high as its expert wants
 // it: where m_grouped.cuh pads 272 rows to three tiles of 128, here are two of 136. All tiles of an expert are equally
 // high, which keeps the blocks that share its weights abreast, and only so do they share them in L2.
+//
+// The producer finds the tiles, ahead of time, and notes each beside its first stage, or beside a stage that holds
+// nothing else. What it wrote every thread of the consumers reads, and each arrives on that stage's `empty` barrier;
+// for stages of which only wgmma reads one thread arrives as all.
 #pragma once
 
 #include "operands.cuh"
@@ -12,9 +16,37 @@
 
 namespace moe::sm90 {
 
+constexpr int kNoTile = -1;  // in place of an expert: the block is done
+
+// Which tile begins with a stage: 16 bytes beside each stage's barriers.
+class TileNotes {
+ public:
+  static constexpr int kBytes = 16 * SwapAB::kStages;
+
+  __device__ explicit TileNotes(uint32_t shared) : shared_(shared) {}
+
+  __device__ void write(int stage, const Tile& tile) const {
+    static_assert(kMostRows < 256, "a height is 8 bits");
+    const uint32_t words[4] = {static_cast<uint32_t>(tile.expert), static_cast<uint32_t>(tile.row_begin),
+                               static_cast<uint32_t>(tile.row_end),
+                               static_cast<uint32_t>(tile.column_tile * 256 + tile.height)};
+    store_shared(shared_ + stage * 16, words);
+  }
+  __device__ Tile read(int stage) const {
+    uint32_t words[4];
+    load_shared(words, shared_ + stage * 16);
+    return {static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2]),
+            static_cast<int>(words[3] / 256), static_cast<int>(words[3] % 256)};
+  }
+
+ private:
+  uint32_t shared_;
+};
+
 struct SwapABShared {
-  static constexpr int kSharedBytes = Ring<SwapAB>::kBytes + Ring<SwapAB>::kBarrierBytes;
-  static_assert(kSharedBytes <= kMaxSharedBytes, "more than an SM has");
+  static constexpr int kNotes = Ring<SwapAB>::kBytes + Ring<SwapAB>::kBarrierBytes;
+  static constexpr int kSharedBytes = kNotes + TileNotes::kBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes && kNotes % 16 == 0, "more than an SM has, or not aligned");
 };
 
 constexpr int kRowBox = 32;  // rows that TMA brings at a time where they are not gathered
@@ -31,31 +63,46 @@ __device__ __forceinline__ void dispatch_columns(int columns, Body&& body) {
 }
 
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
-__device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>& operands, const Ring<Config>& ring,
-                                                int column_tiles) {
+__device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
+                                                const Ring<Config>& ring, const TileNotes& notes) {
   if (!kGathered && threadIdx.x >= 32) return;
-  TileScheduler<kMostRows, true> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
-                                           column_tiles);
+  TileScheduler<Epilogue::kMostRows, true> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
+                                                     operands.column_tiles);
   RingPosition<Config> position;
   const int blocks = (operands.k + kDepth - 1) / kDepth;
   Tile tile;
-  while (scheduler.next(tile) && tile.expert < operands.num_experts) {
+  auto note_alone = [&] {  // a stage that holds nothing
+    barrier_wait(ring.empty(position.stage()), position.phase() ^ 1);
+    if constexpr (!kGathered) __syncwarp();
+    if (threadIdx.x == 0) {
+      notes.write(position.stage(), tile);
+      barrier_arrive(ring.full(position.stage()));
+    }
+    if constexpr (kGathered) barrier_arrive(ring.full(position.stage()));
+    position.advance();
+  };
+  while (scheduler.next(tile)) {
+    if (tile.expert >= operands.num_experts) {
+      note_alone();
+      continue;
+    }
     const int boxes = kGathered ? 0 : (tile.height + kRowBox - 1) / kRowBox;
     auto each_stage = [&](auto load_rows) {
       for (int block = 0; block < blocks; ++block, position.advance()) {
-        barrier_wait(ring.empty(position.stage), position.phase ^ 1);
+        barrier_wait(ring.empty(position.stage()), position.phase() ^ 1);
         if constexpr (!kGathered) __syncwarp();  // one lane alone goes on: none may fall a whole round behind
-        const uint32_t full = ring.full(position.stage);
+        const uint32_t full = ring.full(position.stage());
         if (threadIdx.x == 0) {
+          if (block == 0) notes.write(position.stage(), tile);
           barrier_arrive_expect(full, Config::kABytes + boxes * kRowBox * 128);
-          load_weights<Config::kRows, kKMajor, Epilogue::kGated>(operands.weights, ring.a(position.stage), full,
+          load_weights<Config::kRows, kKMajor, Epilogue::kGated>(operands.weights, ring.a(position.stage()), full,
                                                                  block * kDepth, tile.column_tile, tile.expert);
         }
-        load_rows(ring.b(position.stage), full, block * kDepth);
+        load_rows(ring.b(position.stage()), full, block * kDepth);
       }
     };
     if constexpr (kGathered) {
-      RowGather<Element, Config::kCols> rows(operands, tile);
+      RowGather<Element, (Epilogue::kMostRows + 15) / 16 * 16> rows(operands, tile);
       each_stage([&](uint32_t stage, uint32_t full, int depth) {
         rows.load(stage);
         cp_async_arrive(full);
@@ -69,41 +116,62 @@ __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>&
       });
       __syncwarp();
     }
+    if constexpr (Epilogue::kLoads) {
+      static_assert(kGathered, "every thread of the producer is needed");
+      const typename Epilogue::Loader loader(epilogue, tile);
+      const int height = tile.row_end - tile.row_begin;
+      for (int piece = 0; piece * Epilogue::kStageRows < height; ++piece, position.advance()) {
+        barrier_wait(ring.empty(position.stage()), position.phase() ^ 1);
+        loader.load(tile, piece, ring.a(position.stage()), ring.full(position.stage()));
+      }
+    }
   }
+  tile.expert = kNoTile;
+  note_alone();
 }
 
 // A consumer has 128 of the tile's 256 columns: 64 of the gate and the same of the up half, or 128 neighbours.
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
-                                                const Ring<Config>& ring, const Consumer& consumer, int column_tiles) {
+                                                const Ring<Config>& ring, const TileNotes& notes,
+                                                const Consumer& consumer) {
   constexpr bool kGated = Epilogue::kGated;
   constexpr int kOutputCols = Config::kRows / (kGated ? 2 : 1);
-  TileScheduler<kMostRows, true> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
-                                           column_tiles);
   RingPosition<Config> position;
   const int blocks = (operands.k + kDepth - 1) / kDepth;
   const int first_fragment = consumer.index * (kGated ? 1 : Config::kFragments);
-  Tile tile;
-  while (scheduler.next(tile)) {
+  auto give_back = [&](int stage, int block) {
+    if (consumer.leads()) barrier_arrive(ring.empty(stage), block == 0 ? 1 : 128);
+  };
+  while (true) {
+    barrier_wait(ring.full(position.stage()), position.phase());
+    const Tile tile = notes.read(position.stage());
+    if (!consumer.leads()) barrier_arrive(ring.empty(position.stage()));
+    if (tile.expert == kNoTile) break;
     const int column = tile.column_tile * kOutputCols + consumer.index * (kOutputCols / 2);
     const ConsumerTile mine{tile.row_begin, tile.row_end, column, tile.expert};
     if (tile.expert >= operands.num_experts) {
       epilogue.zeros(mine.row, mine.row_end, column, min(column + kOutputCols / 2, epilogue.columns));
+      give_back(position.stage(), 0);
+      position.advance();
       continue;
     }
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
     int last = 0;
-    dispatch_columns<kMostRows>(tile.height, [&](auto height) {
+    dispatch_columns<Epilogue::kMostRows>(tile.height, [&](auto height) {
       last = multiply<Config, Element, kKMajor, true, kGathered, decltype(height)::value, kGated ? 2 : 1>(
-          outputs, ring, position, blocks, first_fragment, consumer.leads());
+          outputs, ring, position, blocks, first_fragment, give_back);
     });
-    // Nobody but this consumer reads its fragments of the last stage: the outputs go through that memory.
-    consumer.sync();  // all four warps' products are done
-    TransposedStager<kGated> stager(consumer, ring.a(last) + first_fragment * 8192);
-    epilogue.store(mine, outputs, stager);
-    if (consumer.leads()) {
-      tma_wait_read<0>();
-      barrier_arrive(ring.empty(last));
+    if constexpr (Epilogue::kLoads) {
+      give_back(last, blocks - 1);
+      epilogue.finish(mine, outputs, ring, position, consumer);
+    } else {
+      // Nobody but this consumer reads its fragments of the last stage: the outputs go through that memory.
+      consumer.sync();  // all four warps' products are done
+      TransposedStager<kGated> stager(consumer, ring.a(last) + first_fragment * 8192);
+      epilogue.store(mine, outputs, stager);
+      if (consumer.leads()) tma_wait_read<0>();
+      give_back(last, blocks - 1);
     }
   }
   if (consumer.leads()) tma_wait_all();
@@ -118,10 +186,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const Ring<Config> ring{base, base + Ring<Config>::kBytes};
-  constexpr int kOutputCols = Config::kRows / (Epilogue::kGated ? 2 : 1);
-  const int column_tiles = (epilogue.columns + kOutputCols - 1) / kOutputCols;
+  const TileNotes notes(base + SwapABShared::kNotes);
   if (threadIdx.x == 0) {
-    ring.init(kGathered ? 1 + 128 : 1);
+    ring.init(kGathered ? 1 + 128 : 1, kConsumers * 128);
     barrier_init_fence();
     prefetch_map(operands.weights);
     if (!kGathered) prefetch_map(operands.rows);
@@ -129,12 +196,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<40>();
-    produce_swapped<Config, Element, kGathered, kKMajor, Epilogue>(operands, ring, column_tiles);
+    produce_swapped<Config, Element, kGathered, kKMajor>(operands, epilogue, ring, notes);
   } else {
     take_registers<232>();
     const int index = threadIdx.x / 128 - 1;
-    const Consumer consumer{index, 0, 0};
-    consume_swapped<Config, Element, kGathered, kKMajor>(operands, epilogue, ring, consumer, column_tiles);
+    const Consumer consumer{index, 0};
+    consume_swapped<Config, Element, kGathered, kKMajor>(operands, epilogue, ring, notes, consumer);
   }
 #endif
 }

@@ -2,7 +2,9 @@
 // (wgmma's columns); stmatrix transposes them on their way into shared memory, 64 rows x 64 columns a time, and TMA
 // stores them through ragged maps, which end at the tile's last row.
 //
-// Every epilogue has kGated, columns and zeros as those of epilogues.cuh, and store(tile, outputs, stager).
+// Every epilogue has kGated, columns and zeros as those of epilogues.cuh; kMostRows, the highest tile for which its
+// registers suffice; kLoads, whether it reads tensors of its own (activate_backward.cuh, which has a Loader and
+// finish), or else store(tile, outputs, stager).
 #pragma once
 
 #include "epilogues.cuh"
@@ -10,6 +12,13 @@
 namespace moe::sm90 {
 
 constexpr int kPieceRows = 64;  // and 64 columns: kPieceBytes, as many as a fragment of a stage has
+
+// Where, in a piece, this lane's 16 bytes lie of a transposed stmatrix or ldmatrix of rows 16 group .. + 15.
+__device__ __forceinline__ int transposed_offset(int group) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int row = group * 16 + lane / 16 * 8 + lane % 8;
+  return row * 128 + (((2 * warp + lane / 8 % 2) ^ (row % 8)) << 4);
+}
 
 // What is added to the outputs of this thread's two columns of a fragment's 64: 16 warp + lane / 4 and the one 8 above.
 struct ColumnBias {
@@ -44,7 +53,6 @@ class TransposedStager {
   template <typename Element, typename ValuesOf>
   __device__ __forceinline__ void store(const CUtensorMap& map, int column, int row, int row_end, ValuesOf values_of) {
     const uint32_t piece = shared_ + turn_ * (kGated ? 2 : 1) * kPieceBytes;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
     for (int group = 0; group < kPieceRows / 16; ++group) {
       if (group > 0 && row + group * 16 >= row_end) break;
@@ -52,8 +60,7 @@ class TransposedStager {
       values_of(group, values);
       uint32_t words[4];
       pack_matrix<Element>(values, words);
-      const int to = group * 16 + lane / 16 * 8 + lane % 8;
-      stmatrix_x4_transposed(piece + to * 128 + (((2 * warp + lane / 8 % 2) ^ (to % 8)) << 4), words);
+      stmatrix_x4_transposed(piece + transposed_offset(group), words);
     }
     proxy_fence();
     if (consumer_.leads()) tma_wait_read<0>();  // of the other piece, which then is everybody's to fill
@@ -85,7 +92,8 @@ __device__ __forceinline__ void each_piece(const ConsumerTile& tile, Store store
 // c[row] = outputs (+ bias[expert])
 template <typename Element>
 struct SwappedStoreEpilogue {
-  static constexpr bool kGated = false;
+  static constexpr bool kGated = false, kLoads = false;
+  static constexpr int kMostRows = moe::sm90::kMostRows;
   CUtensorMap output;  // ragged, [S, columns], in boxes of kPieceRows
   Element* output_data;
   const Element* bias;  // [E, columns] or null
@@ -117,7 +125,8 @@ struct SwappedStoreEpilogue {
 // rows[row] = act(outputs (+ bias[expert])), the outputs kept as pre_activation for training.
 template <typename Element, ActivationSet kSet>
 struct SwappedActivateEpilogue {
-  static constexpr bool kGated = is_gated(kSet);
+  static constexpr bool kGated = is_gated(kSet), kLoads = false;
+  static constexpr int kMostRows = moe::sm90::kMostRows;
   CUtensorMap rows;      // ragged, [S, columns], in boxes of kPieceRows
   CUtensorMap gate, up;  // likewise, the halves of pre_activation; up only when gated
   Element* rows_data;

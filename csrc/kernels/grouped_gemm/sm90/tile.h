@@ -3,24 +3,23 @@
 
 namespace moe::sm90 {
 
-// kRows x kCols outputs a tile, 64 of the contraction a stage. Cooperative: the two consumer warpgroups share a tile,
-// half of the rows each. Ping-pong: each has a tile of its own, and one's epilogue runs beside the other's products.
-// kBuffers pieces of 8 KB a consumer lie between its outputs and TMA's stores.
-template <int kRowsValue, int kColsValue, int kStagesValue, int kBuffersValue, bool kPingPongValue = false>
+// kRows x kCols outputs a tile, 64 of the contraction a stage. The two consumer warpgroups share a tile, half of the
+// rows each. kBuffers pieces of 8 KB a consumer lie between its outputs and TMA's stores, beside those of the last
+// stage.
+template <int kRowsValue, int kColsValue, int kStagesValue, int kBuffersValue>
 struct TileConfig {
   static constexpr int kRows = kRowsValue;
   static constexpr int kCols = kColsValue;
   static constexpr int kStages = kStagesValue;
   static constexpr int kBuffers = kBuffersValue;
-  static constexpr bool kPingPong = kPingPongValue;
-  static constexpr int kFragments = kRows / (kPingPong ? 64 : 128);  // of 64 rows, a warpgroup
+  static constexpr int kFragments = kRows / 128;  // of 64 rows, a warpgroup
   static constexpr int kABytes = kRows * 128;
   static constexpr int kBBytes = kCols * 128;
   static constexpr int kStageBytes = kABytes + kBBytes;
 };
 
-// The m-grouped products with the weights as wgmma's A: 256 columns of the weights by up to kMostRows rows, as many as
-// make an expert's tiles equally high.
+// The m-grouped products with the weights as wgmma's A: 256 columns of the weights by up to kMostRows rows (an epilogue
+// may want fewer), as many as make an expert's tiles equally high.
 using SwapAB = TileConfig<256, 192, 4, 0>;
 constexpr int kMostRows = 184;
 
@@ -33,14 +32,6 @@ using Cooperative128x256 = TileConfig<128, 256, 4, 2>;
 // the gate and up weights' gradient against ping-pong 128x128: olmoe at T = 32768 3.36, 4.29; v4-flash at T = 4096 (96
 // rows an expert) 4.82, 4.70.
 using Cooperative256x128 = TileConfig<256, 128, 4, 2>;
-
-// down_proj_backward, whose epilogue moves 5 times as many bytes as others and has shared memory of its own for them.
-// Ping-pong hides it; but where the contraction is long, the smaller traffic of wider tiles weighs more. H100, ms,
-// ping-pong against wide: hidden size 1536 (fine-7b) 0.50, 0.56; 2048 (qwen3-30b, T = 8192) 0.53, 0.59; 4096 (mixtral,
-// T = 8192) 4.30, 3.97; 7168 (v3-ep8, T = 8192) 0.65, 0.56.
-using PingPong128x128 = TileConfig<128, 128, 4, 0, true>;
-using Wide128x256 = TileConfig<128, 256, 3, 0>;
-constexpr int kWideFromDepth = 3072;
 
 constexpr int kThreads = 384;  // a producer warpgroup and two consumer warpgroups
 constexpr int kMaxSharedBytes = 232448;
