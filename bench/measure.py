@@ -58,15 +58,15 @@ def _layer_calls(shape, inputs, pass_name, options):
     calls, train = {}, pass_name == "train"
     for peer in [ours, *options.peers]:
         try:
-            bound = (inputs if peer is ours else peer.inputs(inputs))
+            bound = inputs if peer is ours else peer.inputs(inputs)
+            off_by = check_layer(bound, peer.bind, train)
             bound = bound.training() if train else bound
             layer = peer.bind(bound)
             function = train_call(layer, bound) if train else forward_call(layer)
             known = memory.fields(shape, bound, memory.call_memory(function, options.device), *(
                 (memory.kept_memory(layer, options.device), memory.backward_memory(layer, bound, options.device))
                 if train else ()))
-            if peer is ours:
-                known["relative_error"] = round(check_layer(inputs, peer.bind, train), 6)
+            known["relative_error"] = round(off_by, 6)
             calls[peer.name] = (function, known)
         except Exception as error:
             if peer is ours:

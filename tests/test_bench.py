@@ -15,7 +15,7 @@ from bench import cases, host_time, memory, peers, report, results_file
 from bench.__main__ import main
 from bench.inputs import Inputs, make_inputs, make_routing, make_weights
 from bench.limits import Limits
-from bench.measure import floor_ms, touched_bytes
+from bench.measure import Options, floor_ms, layer_rows, touched_bytes
 from bench.reference import WrongResult, check_layer, sampled_tokens
 from bench.timing import measure
 from moe_kernels import ops
@@ -182,6 +182,13 @@ def test_every_implementation_agrees_with_the_reference(device, name, train):
     inputs = quick_inputs(dtype=torch.bfloat16, device=device)
     error = check_layer(inputs if ours else peer.inputs(inputs), peer.bind, train)
     assert 0 < error < 0.02
+
+
+def test_a_peer_that_is_wrong_is_not_timed(capsys):
+    options = Options(torch.device("cpu"), torch.float32, "fp32", "uniform", LIMITS,
+                      [peers.Peer("wrong", swapped_halves)], 0.01)
+    assert {row["impl"] for row in layer_rows(QUICK, quick_inputs(), "forward", options)} == {"moe_kernels"}
+    assert "wrong does not run: WrongResult" in capsys.readouterr().err
 
 
 def test_reference_in_fp32_is_close():
