@@ -62,6 +62,8 @@ def host_rows(shape, inputs, options):
             continue
         calls = {}
         for peer in everyone:
+            if called == "train" and not peer.trains:
+                continue
             its_inputs = inputs if peer.name == OURS else peer.inputs(inputs)
             calls[peer.name] = layer_call(peer.bind, its_inputs, True) if called == "train" else peer.bind(its_inputs)
         key = {"shape": shape.name, "num_tokens": inputs.topk_ids.shape[0], "pass": pass_name,

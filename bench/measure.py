@@ -56,7 +56,7 @@ def _layer_calls(shape, inputs, pass_name, options):
     """impl -> (function, what else is known of it) for ours and for every peer that runs."""
     ours = peers_module.Peer(OURS, peers_module.bind_ours)
     calls, train = {}, pass_name == "train"
-    for peer in [ours, *options.peers]:
+    for peer in [ours, *(peer for peer in options.peers if peer.trains or not train)]:
         try:
             bound = inputs if peer is ours else peer.inputs(inputs)
             off_by = check_layer(bound, peer.bind, train)

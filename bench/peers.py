@@ -10,23 +10,30 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .kernel_peers import bind_sonic_moe, bind_triton_kernels, bind_vllm
+
 OURS = "moe_kernels"
 REFERENCE_PEER = "hf_grouped_mm"  # the one that README compares with
 
 
 class Peer(NamedTuple):
-    """bind(inputs) -> function; weights_like_hidden: it gets topk_weights in the dtype of hidden_states."""
+    """bind(inputs) -> function; weights_like_hidden: it gets topk_weights in the dtype of hidden_states.
+
+    capture: whether into a CUDA graph. trains: whether it has a backward.
+    """
 
     name: str
     bind: Callable
     available: Callable = lambda: True
     capture: bool = True
     weights_like_hidden: bool = True
+    ids_dtype: torch.dtype = torch.int64
+    trains: bool = True
 
     def inputs(self, inputs):
-        """The inputs with the routing as this peer's own router gives it: int64 ids, its weights' dtype."""
+        """The inputs with the routing as this peer's own router gives it."""
         dtype = inputs.hidden_states.dtype if self.weights_like_hidden else torch.float32
-        return inputs.with_routing_types(dtype, torch.int64)
+        return inputs.with_routing_types(dtype, self.ids_dtype)
 
 
 def bind_ours(inputs):
@@ -109,12 +116,24 @@ def _installed(*modules):
     return lambda: all(importlib.util.find_spec(module) is not None for module in modules)
 
 
+def _installed_for_a_gpu(*modules):
+    return lambda: torch.cuda.is_available() and _installed(*modules)()
+
+
 PEERS = {peer.name: peer for peer in (
     Peer(REFERENCE_PEER, bind_hugging_face("grouped_mm"), _installed("transformers")),
     Peer("hf_grouped_mm_compiled", bind_hugging_face_compiled, _installed("transformers")),
     Peer("hf_eager", bind_hugging_face("eager"), _installed("transformers"), capture=False),
     Peer("torch_grouped_mm", bind_torch_grouped_mm, lambda: hasattr(F, "grouped_mm")),
     Peer("torch_loop", bind_torch_loop, capture=False, weights_like_hidden=False),
+    Peer("sonic_moe", bind_sonic_moe(interleaved=False), _installed_for_a_gpu("sonicmoe"), weights_like_hidden=False,
+         ids_dtype=torch.int32),
+    Peer("sonic_moe_interleaved", bind_sonic_moe(interleaved=True), _installed_for_a_gpu("sonicmoe"),
+         weights_like_hidden=False, ids_dtype=torch.int32, trains=False),
+    Peer("triton_kernels", bind_triton_kernels, _installed_for_a_gpu("triton", "triton_kernels"),
+         weights_like_hidden=False, ids_dtype=torch.int16, trains=False),
+    Peer("vllm", bind_vllm, _installed_for_a_gpu("vllm"), weights_like_hidden=False, ids_dtype=torch.int32,
+         trains=False),
 )}
 
 

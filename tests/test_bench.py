@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from bench import cases, host_time, memory, peers, report, results_file
+from bench import cases, host_time, kernel_peers, memory, peers, report, results_file
 from bench.__main__ import main
 from bench.inputs import Inputs, make_inputs, make_routing, make_weights
 from bench.limits import Limits
@@ -182,6 +182,59 @@ def test_every_implementation_agrees_with_the_reference(device, name, train):
     inputs = quick_inputs(dtype=torch.bfloat16, device=device)
     error = check_layer(inputs if ours else peer.inputs(inputs), peer.bind, train)
     assert 0 < error < 0.02
+
+
+KERNEL_PEERS = ("sonic_moe", "sonic_moe_interleaved", "triton_kernels", "vllm")
+
+
+@pytest.mark.skipif(not KERNELS_RUN, reason="their kernels want a GPU")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", KERNEL_PEERS)
+def test_peers_with_kernels_of_their_own_agree_with_the_reference(name, train):
+    peer = peers.PEERS[name]
+    if not peer.available():
+        pytest.skip(f"{name} is not installed")
+    if train and not peer.trains:
+        pytest.skip(f"{name} has no backward")
+    shape = cases.Shape("small", 256, 128, 16, 4, (256,))
+    inputs = make_inputs(shape, 256, make_weights(shape, torch.bfloat16, torch.device("cuda")))
+    assert 0 < check_layer(peer.inputs(inputs), peer.bind, train) < 0.02
+
+
+def test_peers_that_are_not_installed_are_not_chosen(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not any(peers.PEERS[name].available() for name in (*KERNEL_PEERS, "hf_grouped_mm"))
+    assert peers.select(",".join((*KERNEL_PEERS, "torch_loop")), torch.bfloat16) == [peers.PEERS["torch_loop"]]
+    assert not {peer.name for peer in peers.select("all", torch.bfloat16)} & set(KERNEL_PEERS)
+
+
+def test_peers_with_kernels_of_their_own_want_a_gpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not any(peers.PEERS[name].available() for name in KERNEL_PEERS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert all(peers.PEERS[name].available() for name in KERNEL_PEERS)
+
+
+def test_routing_in_the_types_of_a_peers_router():
+    inputs = quick_inputs(dtype=torch.bfloat16)
+    for name, weights, ids in (("sonic_moe", torch.float32, torch.int32), ("hf_eager", torch.bfloat16, torch.int64),
+                               ("triton_kernels", torch.float32, torch.int16)):
+        its = peers.PEERS[name].inputs(inputs)
+        assert (its.topk_weights.dtype, its.topk_ids.dtype) == (weights, ids)
+
+
+def test_interleaved_weights():
+    gate_up = torch.arange(24.0).view(2, 4, 3)
+    assert torch.equal(kernel_peers.interleave(gate_up), gate_up[:, [0, 2, 1, 3]])
+
+
+def test_a_peer_without_a_backward_is_not_measured_in_training():
+    options = Options(torch.device("cpu"), torch.float32, "fp32", "uniform", LIMITS,
+                      [peers.PEERS["torch_loop"]._replace(trains=False)], 0.01)
+    inputs = quick_inputs()
+    for pass_name, expected in (("forward", {"moe_kernels", "torch_loop"}), ("train", {"moe_kernels"})):
+        assert {row["impl"] for row in layer_rows(QUICK, inputs, pass_name, options)} == expected
 
 
 def test_a_peer_that_is_wrong_is_not_timed(capsys):
