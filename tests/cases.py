@@ -16,7 +16,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Case:
-    """One problem size. routing: uniform, idle, one_expert, edges, sentinels, none or nothing_valid."""
+    """One problem size. routing: uniform, idle, one_expert, edges, skewed, sentinels, none or nothing_valid."""
 
     name: str
     num_tokens: int
@@ -140,6 +140,8 @@ def make_ids(case, generator):
         return ids[torch.randperm(384, generator=generator)].unsqueeze(-1).to(torch.int32)
     if case.routing == "idle":
         draws[:, 3] = -1.0
+    if case.routing == "skewed":  # an expert with half of all tokens
+        draws[::2, case.num_experts // 3] = 1.0
     ids = draws.argsort(dim=-1, descending=True)[:, : case.top_k].to(torch.int32)
     if case.routing == "sentinels":
         outside = torch.tensor([-1, case.num_experts, case.num_experts + 5, 2**31 - 1, -(2**31)], dtype=torch.int64)

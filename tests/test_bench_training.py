@@ -31,9 +31,11 @@ def test_training_from_end_to_end(device, tmp_path, capsys):
     for name in (OURS, THEIRS):
         found = result["implementations"][name]
         assert found["mode"] == mode and [len(curve) for curve in found["losses"]] == [12, 12]
-        assert found["tokens_per_s"] == pytest.approx(64e3 / found["ms"], rel=1e-3)
+        assert found["tokens_per_s"] == pytest.approx(64e3 / found["ms"], rel=1e-3, abs=0.5)  # a whole number
         rate = found["tokens_per_s"] * result["operations_a_token"] / 1e12
-        assert found["share"] == pytest.approx(rate / content["limits"]["dense_tflop_per_s"], rel=0.05, abs=1e-4)
+        # the limit is rounded to four places, of which a CPU's has few
+        limit = content["limits"]["dense_tflop_per_s"]
+        assert found["share"] == pytest.approx(rate / limit, rel=0.05 + 5e-5 / limit, abs=1e-4)
         assert (found["peak_mb"] is None) == (device == "cpu")
         assert all(curve[-1] < curve[0] for curve in found["losses"])
     ours, theirs = (result["implementations"][name] for name in (OURS, THEIRS))

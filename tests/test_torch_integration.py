@@ -52,10 +52,11 @@ def assert_close_steps(first, second, rtol=1e-5):
 # compile -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"] if shutil.which("g++") else ["aot_eager"])
-@pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
-def test_compile_makes_one_graph_for_all_token_counts(dynamic, graphs, backend, device):
+# inductor compiles C++ on a CPU, which takes long: once, left to itself, when it makes a graph of either kind
+@pytest.mark.parametrize("dynamic, backend, device", [
+    (dynamic, backend, device) for device in DEVICES for backend in ("aot_eager", "inductor")
+    for dynamic in (True, None) if backend == "aot_eager" or shutil.which("g++") and not (device == "cpu" and dynamic)])
+def test_compile_makes_one_graph_for_all_token_counts(dynamic, backend, device):
     """Left to itself torch compiles for the first count, then once for any; told that it is dynamic, once."""
     torch._dynamo.reset()
     counters.clear()
@@ -64,7 +65,7 @@ def test_compile_makes_one_graph_for_all_token_counts(dynamic, graphs, backend, 
     for count in (5, 9, 33, 70, 128):
         x = tokens(count, device)
         assert_close_steps(train_step(layer, compiled, x), train_step(layer, layer, x))
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert counters["stats"]["unique_graphs"] == (1 if dynamic else 2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
