@@ -1,4 +1,4 @@
-"""Measures the stages and the layer on this machine, beside every peer that is installed.
+"""Measures the stages and the layer on this machine, beside the other implementations that --peers names.
 
     python -m bench                          every shape, pass by pass; prints a line a row
     python -m bench --shape qwen3-30b        one shape
@@ -9,7 +9,7 @@
     python -m bench --check                  says what is stale, and then exits 1
 
 A time is the median of CUDA-graph replays, interleaved between the implementations; a share is the floor of
-bench/measure.py over the time. What gives a wrong result is not timed, and the run exits 1.
+bench/measure.py over the time. What gives a wrong result is not timed; if it is ours, the run exits 1.
 """
 
 import argparse
@@ -55,13 +55,15 @@ def counted_tests(options):
 
 
 def refill(options):
-    """--readme: test counts, if given, go into the one results file; then README and the plots are made anew."""
+    """--readme: test counts, if given, go into the newest results file; then README and the plots are made anew."""
     tests = counted_tests(options)
     files = results_file.read_all(options.results)
     if tests is not None:
-        if len(files) != 1:
-            raise ValueError(f"--tests with --readme wants one results file in {options.results}, found {len(files)}")
-        results_file.write(files[0][0], {**files[0][1], "tests": tests})
+        if not files:
+            raise ValueError(f"--tests with --readme wants a results file in {options.results}")
+        path, content = max(files, key=lambda file: file[1]["date"])
+        results_file.write(path, {**content, "tests": tests})
+        print(f"test counts go into {path.name}")
     write_reports(options)
 
 

@@ -5,6 +5,7 @@ The unit, `x * 2` of a small tensor, is timed in the same rounds: hosts differ, 
 
 import contextlib
 import statistics
+import sys
 import time
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from . import peers as peers_module
 from .inputs import layer_call
 from .measure import OURS, row
-from .timing import Timing
+from .timing import Timing, first_line
 
 CALLS = 8  # in a row before the GPU is waited for: its queue takes all their launches
 UNIT_CALLS = 100
@@ -64,8 +65,15 @@ def host_rows(shape, inputs, options):
         for peer in everyone:
             if called == "train" and not peer.trains:
                 continue
-            its_inputs = inputs if peer.name == OURS else peer.inputs(inputs)
-            calls[peer.name] = layer_call(peer.bind, its_inputs, True) if called == "train" else peer.bind(its_inputs)
+            try:
+                its_inputs = inputs if peer.name == OURS else peer.inputs(inputs)
+                call = layer_call(peer.bind, its_inputs, True) if called == "train" else peer.bind(its_inputs)
+                call()
+                calls[peer.name] = call
+            except Exception as error:
+                if peer.name == OURS:
+                    raise
+                print(f"  {peer.name} is not measured: {first_line(error)}", file=sys.stderr)
         key = {"shape": shape.name, "num_tokens": inputs.topk_ids.shape[0], "pass": pass_name,
                "dtype": options.dtype_name, "routing": options.routing}
         rounds = ROUNDS if options.device.type == "cuda" else 3

@@ -47,9 +47,10 @@ def floor_ms(shape, inputs, pass_name, limits, dense_ms):
 
 def row(key, impl, timing, floor, **measured):
     """One row of the results file; floor in milliseconds, or None where there is none to compare with."""
+    share = None if floor is None else float(f"{floor / timing.ms:.4g}")  # never 0: its logarithm is taken
     return {**key, "impl": impl, "ms": round(timing.ms, 5), "floor_ms": None if floor is None else round(floor, 5),
-            "share": None if floor is None else round(floor / timing.ms, 4), "tflop_per_s": None, "gb_per_s": None,
-            "peak_extra_mb": None, "timing": timing.mode, **measured}
+            "share": share, "tflop_per_s": None, "gb_per_s": None, "peak_extra_mb": None, "timing": timing.mode,
+            **measured}
 
 
 def _layer_calls(shape, inputs, pass_name, options):
@@ -71,7 +72,7 @@ def _layer_calls(shape, inputs, pass_name, options):
         except Exception as error:
             if peer is ours:
                 raise
-            print(f"  {peer.name} does not run: {first_line(error)}", file=sys.stderr)
+            print(f"  {peer.name} is not measured: {first_line(error)}", file=sys.stderr)
     if options.device.type == "cuda":
         torch.cuda.empty_cache()  # what these calls cached would not serve the graphs' pools
     return calls
@@ -84,7 +85,7 @@ def layer_rows(shape, inputs, pass_name, options):
     if pass_name != "decode":
         parts = ("up_proj", "down_proj", "backward") if pass_name == "train" else ("up_proj", "down_proj")
         functions[DENSE] = stages.dense_products(inputs, parts)
-    captured = {peer.name: peer.capture for peer in options.peers}
+    captured = {peer.name: options.dtype in peer.capture for peer in options.peers}
     timings = measure(functions, options.device, options.budget_s, cold=pass_name == "decode",
                       capture=lambda name: captured.get(name, True))
     num_tokens, top_k = inputs.topk_ids.shape

@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from .kernel_peers import bind_sonic_moe, bind_triton_kernels, bind_vllm
 
 OURS = "moe_kernels"
+HALVES = (torch.bfloat16, torch.float16)
 REFERENCE_PEER = "hf_grouped_mm"  # the one that README compares with
 
 
 class Peer(NamedTuple):
     """bind(inputs) -> function; weights_like_hidden: it gets topk_weights in the dtype of hidden_states.
 
-    capture: whether into a CUDA graph. trains: whether it has a backward.
+    capture: in which dtypes into a CUDA graph. trains: whether it has a backward.
     """
 
     name: str
     bind: Callable
     available: Callable = lambda: True
-    capture: bool = True
+    capture: tuple = (torch.bfloat16,)  # torch's grouped product reads its offsets on the host in others
     weights_like_hidden: bool = True
     ids_dtype: torch.dtype = torch.int64
     trains: bool = True
@@ -123,28 +124,24 @@ def _installed_for_a_gpu(*modules):
 PEERS = {peer.name: peer for peer in (
     Peer(REFERENCE_PEER, bind_hugging_face("grouped_mm"), _installed("transformers")),
     Peer("hf_grouped_mm_compiled", bind_hugging_face_compiled, _installed("transformers")),
-    Peer("hf_eager", bind_hugging_face("eager"), _installed("transformers"), capture=False),
+    Peer("hf_eager", bind_hugging_face("eager"), _installed("transformers"), capture=()),
     Peer("torch_grouped_mm", bind_torch_grouped_mm, lambda: hasattr(F, "grouped_mm")),
-    Peer("torch_loop", bind_torch_loop, capture=False, weights_like_hidden=False),
-    Peer("sonic_moe", bind_sonic_moe(interleaved=False), _installed_for_a_gpu("sonicmoe"), weights_like_hidden=False,
-         ids_dtype=torch.int32),
-    Peer("sonic_moe_interleaved", bind_sonic_moe(interleaved=True), _installed_for_a_gpu("sonicmoe"),
-         weights_like_hidden=False, ids_dtype=torch.int32, trains=False),
-    Peer("triton_kernels", bind_triton_kernels, _installed_for_a_gpu("triton", "triton_kernels"),
-         weights_like_hidden=False, ids_dtype=torch.int16, trains=False),
-    Peer("vllm", bind_vllm, _installed_for_a_gpu("vllm"), weights_like_hidden=False, ids_dtype=torch.int32,
-         trains=False),
+    Peer("torch_loop", bind_torch_loop, capture=(), weights_like_hidden=False),
+    Peer("sonic_moe", bind_sonic_moe(interleaved=False), _installed_for_a_gpu("sonicmoe"), HALVES, False, torch.int32),
+    Peer("sonic_moe_interleaved", bind_sonic_moe(interleaved=True), _installed_for_a_gpu("sonicmoe"), HALVES, False,
+         torch.int32, trains=False),
+    Peer("triton_kernels", bind_triton_kernels, _installed_for_a_gpu("triton", "triton_kernels"), HALVES, False,
+         torch.int16, trains=False),
+    Peer("vllm", bind_vllm, _installed_for_a_gpu("vllm"), HALVES, False, torch.int32, trains=False),
 )}
 
 
-def select(names, dtype):
+def select(names):
     """The peers to measure.
 
     Args:
         names: "auto" (Hugging Face's grouped_mm where transformers is installed, else torch's), "all", "none", or names
             joined by commas.
-        dtype: of the weights; torch's grouped product reads its offsets on the host in other dtypes than bf16, so that
-            it is not captured there.
     Returns: list of Peer, without those that are not installed.
     Raises: ValueError on an unknown name; the message lists those that there are.
     """
@@ -157,5 +154,4 @@ def select(names, dtype):
     unknown = [name for name in chosen if name not in PEERS]
     if unknown:
         raise ValueError(f"--peers wants auto, all, none or some of {', '.join(PEERS)}; got {', '.join(unknown)}")
-    peers = [PEERS[name] for name in chosen if PEERS[name].available()]
-    return [peer._replace(capture=peer.capture and dtype == torch.bfloat16) for peer in peers]
+    return [PEERS[name] for name in chosen if PEERS[name].available()]

@@ -32,10 +32,41 @@ def kinds(results):
     return sorted(found, key=lambda kind: (kind[0] != "bf16", kind[1] != "uniform", kind))
 
 
-def speed_ups(results, pass_name, dtype="bf16", routing="uniform", peer=PEER):
-    """(shape, num_tokens) -> time of the peer / our time, where both were measured."""
-    ours, theirs = (rows_of(results, pass_name, dtype, routing, impl) for impl in (OURS, peer))
+def speed_ups(ours, theirs):
+    """(shape, num_tokens) -> time of the other / our time, where both were measured."""
     return {key: theirs[key]["ms"] / row["ms"] for key, row in ours.items() if key in theirs}
+
+
+def other_peers(results, pass_name, dtype, routing):
+    """The implementations of a pass beside ours and Hugging Face's grouped_mm, by name."""
+    return sorted({row["impl"] for row in results if row["impl"] not in (OURS, PEER)
+                   and (row["pass"], row["dtype"], row["routing"]) == (pass_name, dtype, routing)})
+
+
+def fastest_peers(results, pass_name, dtype, routing):
+    """(shape, num_tokens) -> the fastest row of those implementations."""
+    fastest = {}
+    for impl in other_peers(results, pass_name, dtype, routing):
+        for key, row in rows_of(results, pass_name, dtype, routing, impl).items():
+            fastest[key] = min(fastest.get(key, row), row, key=lambda row: row["ms"])
+    return fastest
+
+
+def _ratio(ratio):
+    """In two places, or in three where two would make 1 of less."""
+    return f"{ratio:.3f}" if 0.995 <= ratio < 1 else f"{ratio:.2f}"
+
+
+def _ms(row):
+    """A time with a star if no CUDA graph was captured."""
+    return f"{row['ms']:.3f}" + ("*" if row["timing"] == "eager" else "")
+
+
+def _ratio_words(ratios, than):
+    """How much faster we are in the mean, and where we are slower."""
+    slower = [f"{shape} {num_tokens} ({_ratio(ratio)})" for (shape, num_tokens), ratio in ratios.items() if ratio < 1]
+    return (f"{geometric_mean(ratios.values()):.2f} times as fast as {than} in the geometric mean over {len(ratios)} "
+            f"cases; slower in {', '.join(slower) or 'none'}")
 
 
 def summary(results, dtype="bf16", routing="uniform"):
@@ -43,35 +74,40 @@ def summary(results, dtype="bf16", routing="uniform"):
     lines = []
     for pass_name in ("forward", "train", "decode"):
         rows = rows_of(results, pass_name, dtype, routing)
-        ratios = speed_ups(results, pass_name, dtype, routing)
         if not rows:
             continue
         line = f"{TITLES[pass_name]}: {geometric_mean(row['share'] for row in rows.values()):.2f} of the floor"
+        ratios = speed_ups(rows, rows_of(results, pass_name, dtype, routing, PEER))
         if ratios:
-            line += (f" and {geometric_mean(ratios.values()):.2f} times as fast as Hugging Face's grouped_mm"
-                     f" in the geometric mean over {len(ratios)} cases")
-            slower = [f"{shape} {num_tokens} ({ratio:.2f})"
-                      for (shape, num_tokens), ratio in ratios.items() if ratio < 1]
-            line += f"; slower in {', '.join(slower)}" if slower else "; slower in none"
+            line += " and " + _ratio_words(ratios, "Hugging Face's grouped_mm")
+        ratios = speed_ups(rows, fastest_peers(results, pass_name, dtype, routing))
+        if ratios:
+            names = other_peers(results, pass_name, dtype, routing)
+            line += ". " + _ratio_words(ratios, names[0] if len(names) == 1 else f"the fastest of {', '.join(names)}")
         lines.append(line + ".")
     return lines
 
 
 def _table(results, pass_name, dtype, routing):
-    """A Markdown table of one pass: ours beside the peer."""
-    theirs = rows_of(results, pass_name, dtype, routing, PEER)
-    ratios = speed_ups(results, pass_name, dtype, routing)
+    """A Markdown table of one pass: ours beside Hugging Face's and, where others were measured, the fastest of them."""
+    ours, theirs = (rows_of(results, pass_name, dtype, routing, impl) for impl in (OURS, PEER))
+    fastest = fastest_peers(results, pass_name, dtype, routing)
+    ratios, others = speed_ups(ours, theirs), speed_ups(ours, fastest)
     decode = pass_name == "decode"
     unit = "GB/s" if decode else "TFLOP/s"
     lines = [f"| shape | tokens | ms | {unit} | share of the floor | HF grouped_mm, ms | times as fast |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    for key, row in rows_of(results, pass_name, dtype, routing).items():
+    if fastest:
+        lines = [lines[0] + " fastest of the others | ms | times as fast |", lines[1] + " --- | ---: | ---: |"]
+    for key, row in ours.items():
         speed = row["gb_per_s"] if decode else row["tflop_per_s"]
         peer = theirs.get(key)
-        peer_ms = "-" if peer is None else f"{peer['ms']:.3f}" + ("*" if peer["timing"] == "eager" else "")
-        ratio = f"{ratios[key]:.2f}" if key in ratios else "-"
+        peer_ms = "-" if peer is None else _ms(peer)
+        ratio = _ratio(ratios[key]) if key in ratios else "-"
         lines.append(f"| {key[0]} | {key[1]} | {row['ms']:.3f} | {speed:.0f} | {row['share']:.2f} "
-                     f"| {peer_ms} | {ratio} |")
+                     f"| {peer_ms} | {ratio} |"
+                     + (f" {fastest[key]['impl']} | {_ms(fastest[key])} | {_ratio(others[key])} |" if key in others
+                        else " - | - | - |" if fastest else ""))
     return lines
 
 
@@ -234,7 +270,7 @@ def card_section(content, name):
     lines += _model_table(content.get("models"))
     if content.get("training"):
         lines += ["", *training_lines(content["training"])]
-    if any(row["timing"] == "eager" and row["impl"] == PEER for row in results):
+    if any(row["timing"] == "eager" and row["impl"] != OURS and row["pass"] in TITLES for row in results):
         lines += ["", "\\* called without a CUDA graph, which it could not be captured into."]
     return lines + ["", f"![{content['card']}](bench/results/{name}.png)"]
 

@@ -63,12 +63,14 @@ def merge(previous, current):
             and previous["card"] == current["card"])
     if not same:
         return current
-    measured = {tuple(row[name] for name in ROW_KEY) for row in current["results"]}
-    kept = [row for row in previous["results"] if tuple(row[name] for name in ROW_KEY) not in measured]
+    case = ROW_KEY[:-1]  # all its implementations are of one run, else their ratios would be of two
+    measured = {tuple(row[name] for name in case) for row in current["results"]}
+    kept = [row for row in previous["results"] if tuple(row[name] for name in case) not in measured]
     other = {name: current.get(name) or previous.get(name) for name in ("tests", "models", "training")}
     if not current["results"]:  # models or training alone: the rows were measured under the earlier run's limits
         other |= {name: previous[name] for name in ("limits", "date")}
         other["failures"] = previous["failures"] + current["failures"]
+    other["versions"] = {**previous["versions"], **current["versions"]}
     return {**current, **other, "results": kept + current["results"]}
 
 

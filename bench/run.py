@@ -44,7 +44,7 @@ class Run:
 
     def _options(self):
         dtype = DTYPES[self.arguments.dtype]
-        chosen = peers.select(self.arguments.peers, dtype)
+        chosen = peers.select(self.arguments.peers)
         limits = measure_limits(dtype, self.device, self.quick)
         print(f"{self.card}: dense {limits.dense_tflop_per_s:.1f} TFLOP/s, copy {limits.copy_gb_per_s:.0f} GB/s, read "
               f"{limits.read_gb_per_s:.0f} GB/s + {limits.read_latency_us:.1f} us; peers: "
@@ -139,8 +139,9 @@ def versions():
         import moe_kernels
 
         found["nvcc"] = str(moe_kernels.build_info().get("cuda_version"))
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["transformers"] = importlib.metadata.version("transformers")
+    for package in ("transformers", *(("triton", "sonic-moe", "vllm") if torch.cuda.is_available() else ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
     return found
 
 

@@ -1,10 +1,12 @@
 """Medians of interleaved runs: CUDA-graph replays on a GPU, plain calls on the CPU.
 
-In every round each function runs once, so that a card that changes its clock under a power cap does so for all of them.
+In every round each function runs once, and over the rounds each runs behind each other one equally often: a card at
+its power cap may run faster behind what needed little power, and with one order a function owes time to its neighbour.
 `cold` empties the L2 cache before every run by reading a buffer several times its size; reading leaves no dirty lines
 behind, whose write-back would be paid in the measured run.
 """
 
+import random
 import statistics
 import sys
 import time
@@ -89,33 +91,47 @@ class CacheFlush:
         torch.sum(self.buffer, dim=0, out=self.sink)
 
 
-def _cuda_round(prepared, flush):
+def balanced_orders(names, rounds):
+    """At least so many orders of the names, in which each stands behind each other one equally often.
+
+    Source: Williams, Experimental designs balanced for the estimation of residual effects of treatments (1949).
+    """
+    names, count = list(names), len(names)
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2, ...
+    square = [[names[(step + turn) % count] for step in zigzag] for turn in range(count)]
+    if count % 2:  # an odd number wants the mirrored square too
+        square += [order[::-1] for order in square]
+    random.Random(0).shuffle(square)
+    return square * -(-rounds // len(square))
+
+
+def _cuda_round(prepared, flush, order):
     """One run of each, with events around it; nothing is waited for."""
     events = {}
-    for name, item in prepared.items():
+    for name in order:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if flush is not None:
             flush()
         start.record()
-        item.run()
+        prepared[name].run()
         end.record()
         events[name] = (start, end)
     return events
 
 
-def _cuda_rounds(prepared, flush, rounds):
-    events = [_cuda_round(prepared, flush) for _ in range(rounds)]
+def _cuda_rounds(prepared, flush, orders):
+    events = [_cuda_round(prepared, flush, order) for order in orders]
     torch.cuda.synchronize()
     return [{name: start.elapsed_time(end) for name, (start, end) in pairs.items()} for pairs in events]
 
 
-def _cpu_rounds(prepared, rounds):
+def _cpu_rounds(prepared, orders):
     times = []
-    for _ in range(rounds):
+    for order in orders:
         times.append({})
-        for name, item in prepared.items():
+        for name in order:
             start = time.perf_counter()
-            item.run()
+            prepared[name].run()
             times[-1][name] = 1e3 * (time.perf_counter() - start)
     return times
 
@@ -125,7 +141,7 @@ def measure(functions, device, budget_s=0.6, cold=False, capture=lambda name: Tr
 
     Args:
         functions: name -> function. On a GPU each is captured into a CUDA graph if capture(name), else called.
-        budget_s: seconds for all rounds together; there are 7 to 30 rounds.
+        budget_s: seconds for all rounds together; there are 7 to 30 rounds, and some more to balance their orders.
         cold: empty the L2 cache before every run; GPU only.
     Returns: name -> Timing. A function whose warm-up raises is left out, with a line on stderr; the first function is
         the one that the measurement is for, and its exception is raised.
@@ -140,14 +156,14 @@ def measure(functions, device, budget_s=0.6, cold=False, capture=lambda name: Tr
                     raise
                 print(f"  {name} does not run: {first_line(error)}", file=sys.stderr)
         flush = CacheFlush(device) if cold and device.type == "cuda" else None
-        run = (lambda n: _cuda_rounds(prepared, flush, n)) if device.type == "cuda" else (
-            lambda n: _cpu_rounds(prepared, n))
+        run = (lambda orders: _cuda_rounds(prepared, flush, orders)) if device.type == "cuda" else (
+            lambda orders: _cpu_rounds(prepared, orders))
         start = time.perf_counter()
-        run(1)  # the time of a round, flush included
+        run([list(prepared)])  # the time of a round, flush included
         round_s = max(time.perf_counter() - start, 1e-6)
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / round_s)))
-        times = run(rounds)
-        return {name: Timing(statistics.median(row[name] for row in times), item.mode, rounds)
+        times = run(balanced_orders(prepared, rounds))
+        return {name: Timing(statistics.median(row[name] for row in times), item.mode, len(times))
                 for name, item in prepared.items()}
     finally:
         for item in prepared.values():

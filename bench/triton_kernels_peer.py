@@ -33,11 +33,8 @@ def _pack(ids, bits, num_tokens, word_stride, SLOTS: tl.constexpr, TOKENS: tl.co
 
 
 def make_routing(ids, weights, num_experts):
-    """triton_kernels' RoutingData, GatherIndx and ScatterIndx of ids [T, K] and weights [T, K]."""
-    (num_tokens, top_k), device = ids.shape, ids.device
-    slots = triton.next_power_of_2(top_k)
-    if slots != top_k:  # its metadata wants a power of two, and knows empty slots
-        ids, weights = F.pad(ids, (0, slots - top_k), value=-1), F.pad(weights, (0, slots - top_k))
+    """triton_kernels' RoutingData, GatherIndx and ScatterIndx of ids [T, K] and weights [T, K], K a power of two."""
+    (num_tokens, slots), device = ids.shape, ids.device
     words = triton.cdiv(num_experts, 32)
     bits = torch.empty((words, triton.cdiv(num_tokens, 32) * 32), dtype=torch.uint32, device=device)
     _pack[(triton.cdiv(num_tokens, TOKENS), words)](ids, bits, num_tokens, bits.stride(0), SLOTS=slots, TOKENS=TOKENS)
@@ -50,9 +47,10 @@ def make_routing(ids, weights, num_experts):
 
 
 def bind(inputs):
-    """The layer on these inputs; gate_up_proj is copied so that gate and up take turns."""
+    """The layer on these inputs; copied for it: gate_up_proj, so that gate and up take turns, and K to a power of 2."""
     hidden, gate_up, down, weights, ids = inputs[:5]
-    num_experts = down.shape[0]
+    num_experts, empty = down.shape[0], triton.next_power_of_2(ids.shape[1]) - ids.shape[1]
+    ids, weights = F.pad(ids, (0, empty), value=-1), F.pad(weights, (0, empty))
     gate_up, down = interleave(gate_up).mT, down.detach().mT
     activation = FusedActivation(FnSpecs("silu_and_mul", _silu_and_mul, (), reduction_n=2), ())
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from bench.inputs import Inputs, make_inputs, make_routing, make_weights
 from bench.limits import Limits
 from bench.measure import Options, floor_ms, layer_rows, touched_bytes
 from bench.reference import WrongResult, check_layer, sampled_tokens
-from bench.timing import measure
+from bench.timing import MIN_ROUNDS, balanced_orders, measure
 from moe_kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +124,15 @@ def test_measure_orders_a_slow_and_a_fast_function(device):
     assert {timing.mode for timing in timings.values()} == {"graph" if device == "cuda" else "cpu"}
 
 
+@pytest.mark.parametrize("count", range(1, 8))
+def test_every_function_runs_behind_every_other_equally_often(count):
+    names = [f"impl{number}" for number in range(count)]
+    orders = balanced_orders(names, MIN_ROUNDS)
+    assert len(orders) >= MIN_ROUNDS and all(sorted(order) == names for order in orders)
+    behind = Counter(pair for order in orders for pair in zip(order, order[1:]))
+    assert len(behind) == count * (count - 1) and len(set(behind.values())) <= 1
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_host_time_counts_operations(device):
     small = torch.zeros(64, device=device)
@@ -196,16 +206,17 @@ def test_peers_with_kernels_of_their_own_agree_with_the_reference(name, train):
         pytest.skip(f"{name} is not installed")
     if train and not peer.trains:
         pytest.skip(f"{name} has no backward")
-    shape = cases.Shape("small", 256, 128, 16, 4, (256,))
-    inputs = make_inputs(shape, 256, make_weights(shape, torch.bfloat16, torch.device("cuda")))
-    assert 0 < check_layer(peer.inputs(inputs), peer.bind, train) < 0.02
+    for num_experts, top_k in ((16, 4), (40, 3)):
+        shape = cases.Shape("small", 256, 128, num_experts, top_k, (256,))
+        inputs = make_inputs(shape, 256, make_weights(shape, torch.bfloat16, torch.device("cuda")))
+        assert 0 < check_layer(peer.inputs(inputs), peer.bind, train) < 0.02
 
 
 def test_peers_that_are_not_installed_are_not_chosen(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not any(peers.PEERS[name].available() for name in (*KERNEL_PEERS, "hf_grouped_mm"))
-    assert peers.select(",".join((*KERNEL_PEERS, "torch_loop")), torch.bfloat16) == [peers.PEERS["torch_loop"]]
-    assert not {peer.name for peer in peers.select("all", torch.bfloat16)} & set(KERNEL_PEERS)
+    assert peers.select(",".join((*KERNEL_PEERS, "torch_loop"))) == [peers.PEERS["torch_loop"]]
+    assert not {peer.name for peer in peers.select("all")} & set(KERNEL_PEERS)
 
 
 def test_peers_with_kernels_of_their_own_want_a_gpu(monkeypatch):
@@ -241,7 +252,7 @@ def test_a_peer_that_is_wrong_is_not_timed(capsys):
     options = Options(torch.device("cpu"), torch.float32, "fp32", "uniform", LIMITS,
                       [peers.Peer("wrong", swapped_halves)], 0.01)
     assert {row["impl"] for row in layer_rows(QUICK, quick_inputs(), "forward", options)} == {"moe_kernels"}
-    assert "wrong does not run: WrongResult" in capsys.readouterr().err
+    assert "wrong is not measured: WrongResult" in capsys.readouterr().err
 
 
 def test_reference_in_fp32_is_close():
@@ -305,6 +316,9 @@ def test_a_second_run_on_the_same_sources_keeps_the_other_rows():
     merged = results_file.merge(previous, {**results_content([result_row(ms=1.0)]), "tests": None})
     assert [(row["pass"], row["ms"]) for row in merged["results"]] == [("train", 2.0), ("forward", 1.0)]
     assert merged["tests"] == {"passed": 3, "failed": 0, "skipped": 1}
+    with_peer = results_content([result_row(ms=9.0), result_row(impl="vllm", ms=3.0)])
+    merged = results_file.merge(with_peer, results_content([result_row(ms=1.0)]))
+    assert [row["impl"] for row in merged["results"]] == ["moe_kernels"]  # no ratio of one run to another
     rowless = {**results_content([]), "limits": {}, "date": "later", "failures": ["new"]}
     merged = results_file.merge({**previous, "failures": ["old"]}, rowless)
     assert (merged["limits"], merged["date"]) == (previous["limits"], previous["date"])
@@ -329,6 +343,17 @@ def test_summary_has_the_geometric_mean_and_names_what_is_slower():
     line, = report.summary(rows)
     assert "1.41 times as fast as Hugging Face's grouped_mm" in line and "2 cases" in line  # sqrt(4 * 0.5)
     assert line.endswith("slower in mixtral 8192 (0.50).")
+
+
+def test_the_fastest_of_other_kernels_stands_beside_ours():
+    rows = [result_row(), result_row(impl="hf_grouped_mm", ms=8.0), result_row(impl="vllm", ms=3.0),
+            result_row(impl="sonic_moe", ms=1.0), result_row(**{"pass": "train"}),
+            result_row(**{"pass": "train", "impl": "hf_grouped_mm"})]
+    forward, train = report.summary(rows)
+    assert "0.50 times as fast as the fastest of sonic_moe, vllm" in forward and forward.endswith("(0.50).")
+    assert "the fastest" not in train and "sonic" not in train
+    text = "\n".join(report.card_section(results_content(rows), "h100"))
+    assert "| 4.00 | sonic_moe | 1.000 | 0.50 |" in text and text.count("fastest of the others") == 1
 
 
 def test_readme_shows_skew_memory_and_host_time_where_they_were_measured():
@@ -413,6 +438,17 @@ def test_a_quick_run_from_end_to_end(device, tmp_path, capsys):
     assert main(["--check", *places]) == 1
     assert main(["--readme", "--tests", "6,0,0", *places]) == 0 and main(["--check", *places]) == 0
     assert "6 passed" in readme.read_text()
+
+
+def test_test_counts_go_into_the_newest_file(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    for name, day in (("a.json", "2026-11-27"), ("b.json", "2026-11-26")):
+        results_file.write(tmp_path / name, {**results_content([result_row()]), "date": f"{day}T10:00:00+00:00"})
+    assert main(["--readme", "--tests", "6,0,0", "--results", str(tmp_path), "--readme-file", str(readme)]) == 0
+    assert "into a.json" in capsys.readouterr().out
+    passed = [content["tests"]["passed"] for _, content in results_file.read_all(tmp_path)]
+    assert passed == [6, 3]
 
 
 def test_a_failing_case_is_named_and_the_rest_is_measured(monkeypatch, capsys):
