@@ -15,6 +15,7 @@ from .inputs import layer_call
 from .measure import OURS, row
 from .timing import Timing, first_line
 
+ONE_OPERATION = "one_operation"  # x * 2 of a small tensor with its gradient: what autograd takes by itself
 CALLS = 8  # in a row before the GPU is waited for: its queue takes all their launches
 UNIT_CALLS = 100
 ROUNDS = 15
@@ -48,6 +49,12 @@ def host_times(functions, device, rounds=ROUNDS):
     return {name: (statistics.median(found), statistics.median(found) / unit) for name, found in times.items()}
 
 
+def one_operation(device):
+    """The least that has a forward and a backward."""
+    leaf, grad = torch.zeros(64, device=device, requires_grad=True), torch.ones(64, device=device)
+    return lambda: torch.autograd.grad(leaf * 2, leaf, grad)
+
+
 # pass -> (what is called, the mode it is called in, entered once for all calls)
 PASSES = {"host:forward": ("forward", torch.no_grad), "host:train": ("train", contextlib.nullcontext),
           "host:train-one-thread": ("train", lambda: torch.autograd.set_multithreading_enabled(False))}
@@ -55,7 +62,7 @@ PASSES = {"host:forward": ("forward", torch.no_grad), "host:train": ("train", co
 
 def host_rows(shape, inputs, options):
     """Rows of ours and of the peers: one forward call, and where the shape trains one forward and backward, as it comes
-    and with autograd's backward on the calling thread."""
+    and with autograd's backward on the calling thread; beside them a single operation with its gradient."""
     rows = []
     everyone = [peers_module.Peer(OURS, peers_module.bind_ours), *options.peers]
     for pass_name, (called, mode) in PASSES.items():
@@ -74,6 +81,8 @@ def host_rows(shape, inputs, options):
                 if peer.name == OURS:
                     raise
                 print(f"  {peer.name} is not measured: {first_line(error)}", file=sys.stderr)
+        if called == "train":
+            calls[ONE_OPERATION] = one_operation(options.device)
         key = {"shape": shape.name, "num_tokens": inputs.topk_ids.shape[0], "pass": pass_name,
                "dtype": options.dtype_name, "routing": options.routing}
         rounds = ROUNDS if options.device.type == "cuda" else 3

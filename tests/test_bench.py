@@ -421,6 +421,8 @@ def test_a_quick_run_from_end_to_end(device, tmp_path, capsys):
         "gate", "plan", "gate+plan", "up_proj", "down_proj", "combine", "permute")),
         "skew:forward", "skew:train", "host:forward", "host:train", "host:train-one-thread"}
     assert content["tests"]["passed"] == 5 and all(row["ms"] > 0 for row in content["results"])
+    alone = {row["pass"]: row["in_operations"] for row in content["results"] if row["impl"] == "one_operation"}
+    assert set(alone) == {"host:train", "host:train-one-thread"} and min(alone.values()) > 1
     layers = [row for row in ours if ":" not in row["pass"]]
     assert all(0 < row["relative_error"] < 0.02 for row in layers)
     assert all(row["timing"] == ("graph" if device == "cuda" else "cpu") for row in ours
