@@ -51,7 +51,7 @@ def bind_triton_kernels(inputs):
 
 
 def bind_vllm(inputs):
-    """vLLM's Triton kernels with its tuned tile sizes."""
+    """vLLM's Triton kernels, with its tuned tile sizes where it has some for the shape and the card."""
     from vllm.model_executor.layers.fused_moe import fused_experts
 
     hidden, gate_up, down, weights, ids = inputs[:5]

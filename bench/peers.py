@@ -10,10 +10,11 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .inputs import DTYPES
 from .kernel_peers import bind_sonic_moe, bind_triton_kernels, bind_vllm
 
 OURS = "moe_kernels"
-HALVES = (torch.bfloat16, torch.float16)
+HALVES = (DTYPES["bf16"], DTYPES["fp16"])
 REFERENCE_PEER = "hf_grouped_mm"  # the one that README compares with
 
 

@@ -252,7 +252,7 @@ def card_section(content, name):
     versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
     lines = [f"### {content['card']}", "",
              f"Measured {content['date'][:10]} with {versions}; sources {content['source_hash']}. "
-             "Limits in the same run: "
+             "Limits in the last of its runs: "
              f"dense product {limits['dense_tflop_per_s']:.0f} TFLOP/s, copy {limits['copy_gb_per_s']:.0f} GB/s, "
              f"read {limits['read_gb_per_s']:.0f} GB/s."]
     if content.get("tests"):

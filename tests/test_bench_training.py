@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from test_bench import DEVICES, ROOT, results_content
+from test_bench import DEVICES, ROOT
+from test_bench_results import results_content
 
 from bench import report, results_file, step_profile, training
 from bench.__main__ import main

@@ -58,7 +58,7 @@ def machine_code():
     """Kernel name -> the set of its instructions, such as {"HMMA", "LDGSTS"}; of every architecture together."""
     kernels, name = {}, None
     for line in cuobjdump("-sass").splitlines():
-        function = re.search(r"Function : (\S+)", line) if "Function" in line else None
+        function = re.search(r"Function : (\S+)", line)
         instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", line)
         if function:
             name = function[1]
