@@ -8,6 +8,7 @@ from test_bench import LIMITS, ROOT
 from bench import report, results_file
 from bench.__main__ import main
 
+
 def result_row(**changes):
     row = {"shape": "olmoe", "num_tokens": 4096, "pass": "forward", "dtype": "bf16", "routing": "uniform",
            "impl": "moe_kernels", "ms": 2.0, "floor_ms": 1.0, "share": 0.5, "tflop_per_s": 100.0, "gb_per_s": None,
