@@ -12,8 +12,8 @@
 // bias_grad: a block owns 64 columns of one expert: 8 lanes across them, so that a row is one 128-byte line, and 32 row
 // groups. Group g sums the rows first + g, first + g + 32, ... ascending, then one thread a column sums the 32 groups
 // ascending: an order that depends on nothing but the number of rows. Bound by memory: S*N elements read once.
-// routing_grad: without a bias 8 lanes a slot, which add every 8th partial sum ascending and then their sums in a shuffle
-// tree; with it one warp, and a shuffle tree over the columns too.
+// routing_grad: without a bias 8 lanes a slot, which add every 8th partial sum ascending and then their sums in a
+// shuffle tree; with it one warp, and a shuffle tree over the columns too.
 //
 // Deterministic: no atomics, every order is fixed. Source: derivative of the biased products of down_proj and up_proj.
 

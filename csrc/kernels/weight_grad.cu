@@ -34,11 +34,11 @@ void weight_grad_sm80(const WeightGradParams& params, cudaStream_t stream) {
 template <bool kAccumulate, typename Element>
 void weight_grad_sm90(const WeightGradParams& params, cudaStream_t stream) {
   if (params.grad_sorted_rows != nullptr) {
-    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kGrad, kAccumulate, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Gathered::kGrad, kAccumulate, Element>(params, stream);
   } else if (params.a_sorted_rows != nullptr) {
-    sm90::launch_k_grouped<sm90::Cooperative256x128, sm90::Gathered::kA, kAccumulate, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Gathered::kA, kAccumulate, Element>(params, stream);
   } else {
-    sm90::launch_k_grouped<sm90::Cooperative128x256, sm90::Gathered::kNone, kAccumulate, Element>(params, stream);
+    sm90::launch_k_grouped<sm90::Gathered::kNone, kAccumulate, Element>(params, stream);
   }
 }
 

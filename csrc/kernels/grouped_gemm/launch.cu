@@ -77,8 +77,8 @@ Engine choose_engine(int64_t num_rows, int64_t expert_elements, const DeviceLimi
 }
 
 // Few rows an expert: the small tiles of the sm_80 engine are at the memory's limit. H100, ms of down_proj_backward of
-// mixtral, sm_80 against sm_90a: 4 rows an expert 0.314, 0.319; 16 0.329, 0.325; 32 0.364, 0.335; of qwen3-30b: 4 0.138,
-// 0.141; 16 0.149, 0.149.
+// mixtral, sm_80 against sm_90a: 4 rows an expert 0.314, 0.319; 16 0.329, 0.325; 32 0.364, 0.335; of qwen3-30b: 4
+// 0.138, 0.141; 16 0.149, 0.149.
 Engine padded_engine(int64_t num_rows, int num_experts, const DeviceLimits& limits) {
   return engine_beyond(int64_t{16} * num_experts, num_rows, limits);
 }

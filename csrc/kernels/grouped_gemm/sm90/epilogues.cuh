@@ -85,64 +85,70 @@ __device__ __forceinline__ void store_zeros(Element* data, int pitch, int row, i
   }
 }
 
-// Pieces of shared memory between a tile's outputs and TMA's stores: kRingPieces of the tile's last stage, which nobody
-// but this consumer reads, and kBuffers of its own, which take turns when those of the stage are filled.
-template <int kRingPieces, int kBuffers>
+// Where, in a piece, this lane's 16 bytes lie of a transposed stmatrix or ldmatrix of rows 16 group .. + 15.
+__device__ __forceinline__ int transposed_offset(int group) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int row = group * 16 + lane / 16 * 8 + lane % 8;
+  return row * 128 + (((2 * warp + lane / 8 % 2) ^ (row % 8)) << 4);
+}
+
+// Lays 64 columns into a piece, or, transposed, 64 rows; values_of(group, values) gives this thread's 8 values of 16.
+template <typename Element, bool kTransposed = false, typename ValuesOf>
+__device__ __forceinline__ void write_piece(const Consumer& consumer, uint32_t piece, ValuesOf values_of) {
+#pragma unroll
+  for (int group = 0; group < 4; ++group) {
+    float values[8];
+    values_of(group, values);
+    uint32_t words[4];
+    pack_matrix<Element>(values, words);
+    if constexpr (kTransposed) stmatrix_x4_transposed(piece + transposed_offset(group), words);
+    else stmatrix_x4(consumer.matrix_address(piece, group), words);
+  }
+}
+
+// Lays 32 columns of fp32 into a piece, outputs first .. first + 15; or, transposed, twice 32 rows of 128 bytes, first
+// those of the first two warps' outputs.
+template <bool kTransposed, int kCount>
+__device__ __forceinline__ void write_piece_fp32(const Consumer& consumer, uint32_t piece,
+                                                 const float (&outputs)[kCount], int first) {
+  if constexpr (!kTransposed) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // 8 columns i / 2; this thread's row, or the one 8 below
+      const int row = consumer.row() + i % 2 * 8, column = i / 2 * 8 + consumer.column();
+      const uint32_t address = piece + row * 128 + ((column / 4 ^ row % 8) << 4) + column % 4 * 4;
+      const int at = first + i / 2 * 4 + i % 2 * 2;
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(outputs[at]), "f"(outputs[at + 1])
+                   : "memory");
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // of 8 rows this thread's two, in its column and in the one 8 above
+      const int row = consumer.column() + i % 2, column = consumer.row() + i / 2 * 8;
+      const uint32_t address =
+          piece + column / 32 * (kPieceBytes / 2) + row * 128 + ((column % 32 / 4 ^ row) << 4) + column % 4 * 4;
+      asm volatile(
+          "st.shared.f32 [%0], %1;\nst.shared.f32 [%0 + 1024], %2;\nst.shared.f32 [%0 + 2048], %3;\n"
+          "st.shared.f32 [%0 + 3072], %4;" ::"r"(address),
+          "f"(outputs[first + i]), "f"(outputs[first + 4 + i]), "f"(outputs[first + 8 + i]),
+          "f"(outputs[first + 12 + i])
+          : "memory");
+    }
+  }
+}
+
+// Pieces of a consumer's own shared memory between its outputs and TMA's stores, in turn.
+template <int kBuffers>
 class Stager {
  public:
   static constexpr int kBytes = kBuffers * kPieceBytes;
 
   __device__ explicit Stager(const Consumer& consumer) : consumer_(consumer) {}
 
-  // A tile begins, with the memory of its stage.
-  __device__ __forceinline__ void begin(uint32_t ring_pieces) { ring_pieces_ = ring_pieces, filled_ = 0; }
-
-  // The stage's memory may go back when the leader returns.
-  __device__ __forceinline__ void end() const {
-    if (consumer_.leads()) filled_ >= kRingPieces + kBuffers ? tma_wait_read<kBuffers>() : tma_wait_read<0>();
-  }
-
-  // Stores 64 columns; values_of(group, values) gives this thread's 8 values of 16 columns.
-  template <typename Element, typename ValuesOf, typename Store>
-  __device__ __forceinline__ void store(ValuesOf values_of, Store store_piece) {
-    store_written(
-        [&](uint32_t piece) {
-#pragma unroll
-          for (int group = 0; group < 4; ++group) {
-            float values[8];
-            values_of(group, values);
-            uint32_t words[4];
-            pack_matrix<Element>(values, words);
-            stmatrix_x4(consumer_.matrix_address(piece, group), words);
-          }
-        },
-        store_piece);
-  }
-
-  // Stores 32 columns of fp32: outputs first .. first + 15.
-  template <int kCount, typename Store>
-  __device__ __forceinline__ void store_fp32(const float (&outputs)[kCount], int first, Store store_piece) {
-    store_written(
-        [&](uint32_t piece) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {  // 8 columns i / 2; this thread's row, or the one 8 below
-            const int row = consumer_.row() + i % 2 * 8, column = i / 2 * 8 + consumer_.column();
-            const uint32_t address = piece + row * 128 + ((column / 4 ^ row % 8) << 4) + column % 4 * 4;
-            const int at = first + i / 2 * 4 + i % 2 * 2;
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(outputs[at]), "f"(outputs[at + 1])
-                         : "memory");
-          }
-        },
-        store_piece);
-  }
-
   // Stores a piece that write(address) lays there.
   template <typename Write, typename Store>
-  __device__ __forceinline__ void store_written(Write write, Store store_piece) {
-    const bool in_ring = filled_ < kRingPieces;
-    const int buffer = (filled_ - kRingPieces) % kBuffers;
-    const uint32_t piece = in_ring ? ring_pieces_ + filled_ * kPieceBytes : consumer_.staging + buffer * kPieceBytes;
-    if (!in_ring && consumer_.leads()) wait_read(filled_ < kRingPieces + kBuffers ? filled_ : kBuffers - 1);
+  __device__ __forceinline__ void store(Write write, Store store_piece) {
+    const uint32_t piece = consumer_.staging + turn_ * kPieceBytes;
+    if (consumer_.leads()) tma_wait_read<kBuffers - 1>();
     consumer_.sync();
     write(piece);
     proxy_fence();
@@ -151,21 +157,12 @@ class Stager {
       store_piece(piece);
       tma_commit();
     }
-    ++filled_;
+    turn_ = (turn_ + 1) % kBuffers;
   }
 
  private:
-  __device__ __forceinline__ static void wait_read(int pending) {
-    static_assert(kRingPieces + kBuffers <= 4);
-    if (pending == 0) tma_wait_read<0>();
-    else if (pending == 1) tma_wait_read<1>();
-    else if (pending == 2) tma_wait_read<2>();
-    else tma_wait_read<3>();
-  }
-
   const Consumer& consumer_;
-  uint32_t ring_pieces_ = 0;
-  int filled_ = 0;  // pieces of this tile; where no column is missing the compiler knows it in its unrolled loops
+  int turn_ = 0;
 };
 
 __device__ __forceinline__ void store_ragged(const CUtensorMap& map, uint32_t piece, int column, int row, int row_end) {

@@ -9,7 +9,7 @@ namespace moe::sm90 {
 template <typename Element, ActivationSet kSet, int kBuffers>
 struct ActivateInterleavedEpilogue {
   static constexpr bool kGated = true;
-  static constexpr int kSharedBytes = Stager<0, kBuffers>::kBytes;
+  static constexpr int kSharedBytes = Stager<kBuffers>::kBytes;
   CUtensorMap rows;            // ragged, [S, columns]
   CUtensorMap pre_activation;  // ragged, [S, 2 * columns]
   Element* rows_data;
@@ -33,7 +33,6 @@ struct ActivateInterleavedEpilogue {
     __device__ __forceinline__ void finish(const ConsumerTile& tile, int fragment, float (&outputs)[kCount]) {
       const int row = tile.row + fragment * 64;
       if (row >= tile.row_end) return;
-      stager_.begin(0);
 #pragma unroll
       for (int piece = 0; piece < kCount / 32; ++piece) {
         const int column = 2 * tile.column + piece * 64, width = 2 * epilogue_.columns;
@@ -43,8 +42,9 @@ struct ActivateInterleavedEpilogue {
           add_bias(outputs, piece * 32, bias, width - column, consumer_.column());
         }
         if (epilogue_.pre_activation_data != nullptr) {
-          stager_.template store<Element>(
-              [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
+          auto values_of = [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); };
+          stager_.store(
+              [&](uint32_t shared) { write_piece<Element>(consumer_, shared, values_of); },
               [&](uint32_t shared) { store_ragged(epilogue_.pre_activation, shared, column, row, tile.row_end); });
         }
       }
@@ -52,7 +52,7 @@ struct ActivateInterleavedEpilogue {
       for (int piece = 0; piece < kCount / 64; ++piece) {
         const int column = tile.column + piece * 64;
         if (column >= epilogue_.columns) break;
-        stager_.store_written(
+        stager_.store(
             [&](uint32_t shared) {
 #pragma unroll
               for (int group = 0; group < 4; ++group) activate16(outputs, piece * 64 + group * 16, shared, group);
@@ -87,7 +87,7 @@ struct ActivateInterleavedEpilogue {
 
     const ActivateInterleavedEpilogue& epilogue_;
     const Consumer& consumer_;
-    Stager<0, kBuffers> stager_;
+    Stager<kBuffers> stager_;
   };
 };
 

@@ -3,11 +3,16 @@
 //   out[e] [n, k] (+)= sum over the rows r of expert e, ascending, of outer(grad[row(r), :], a[row(r), :])
 //
 // Both operands lie row by row, so both are MN-major: a stage is 64 rows, in chunks of 64 columns. One side may be
-// gathered, by cp.async of the producer's 128 threads; it gets the narrow side of the tile. The other comes through a
-// ragged map, which reads zeros behind the expert's last row. Tiles are numbered expert by expert, along the rows of
-// the output. An expert without rows gets zeros, or, where the gradient is added to what is there, nothing. Of an
-// expert's last 64 rows only so many steps of 16 are multiplied as it has. A tile's outputs go through its last stage
-// and two buffers (Stager), so that hardly a product waits for TMA's stores.
+// gathered, by cp.async of the producer's 128 threads; it becomes wgmma's A, 128 columns of it a tile. The other one
+// becomes B, 256 columns through a ragged map, which reads zeros behind the expert's last row. Where `a` is gathered,
+// outputs are those of out[e] transposed, and are transposed back on their way out. Tiles are numbered expert by
+// expert, inside an expert by columns of B, inside those by columns of A. Where A's tiles come in pairs, two blocks
+// whose tiles share columns of B are a cluster: each loads half of them for both. An expert without rows gets zeros,
+// or, where the gradient is added to what is there, nothing. Of an expert's last 64 rows only so many steps of 16 are
+// multiplied as it has.
+//
+// Outputs leave through buffers of their own, so that the tile's last stage goes back to the producer at once: with the
+// outputs in that stage too products waited for the next tile's rows (256 to 512 rows an expert: 3% slower).
 #pragma once
 
 #include "../../common/divisor.h"
@@ -16,20 +21,20 @@
 
 namespace moe::sm90 {
 
+enum class Gathered { kNone, kGrad, kA };
+
 template <typename Element>
 struct KGroupedOperands {
-  CUtensorMap ragged;             // the side that is not gathered, or both
-  CUtensorMap ragged_too;         // the other one when nothing is gathered
-  const Element* gathered;        // [T, width of the gathered side]
+  CUtensorMap a;  // A where nothing is gathered
+  CUtensorMap b;
+  const Element* gathered;        // [T, a_columns]: A
   const int32_t* row_index;       // [S]: row(r) = row_index[r] / row_divisor
   Divisor row_divisor;            // K
   const int32_t* expert_offsets;  // [E + 1]
   int num_experts;
-  int n;
-  int k;
+  int a_columns;  // n, or k where `a` is gathered
+  int b_columns;  // the other one
 };
-
-enum class Gathered { kNone, kGrad, kA };
 
 // Copies 64 gathered rows x 128 columns a stage. Thread t copies 16-byte chunk t % 8 of both column chunks of rows t /
 // 8 + 16 i. Row numbers are read one stage ahead of their copies. Columns behind the last one repeat others: such
@@ -37,43 +42,41 @@ enum class Gathered { kNone, kGrad, kA };
 template <typename Element>
 class ColumnGather {
  public:
-  __device__ ColumnGather(const KGroupedOperands<Element>& operands, int width) : operands_(operands), width_(width) {
+  __device__ explicit ColumnGather(const KGroupedOperands<Element>& operands) : operands_(operands) {
     shared_offset_ = threadIdx.x / 8 * 128 + ((threadIdx.x % 8 ^ threadIdx.x / 8 % 8) << 4);
   }
   // Columns column .. column + 127 of rows begin .. end - 1.
   __device__ void start(int column, int begin, int end) {
     const int wanted = column + threadIdx.x % 8 * 8;
-    const int first = min(wanted, width_ - 8);
-    second_chunk_ = min(wanted + 64, width_ - 8) - first;
+    const int first = min(wanted, operands_.a_columns - 8);
+    second_chunk_ = min(wanted + 64, operands_.a_columns - 8) - first;
     column_ = operands_.gathered + first;
     next_ = begin + threadIdx.x / 8;
     end_ = end;
     read_rows();
   }
-  // A stage may have fewer than 64 rows only as the last one.
-  __device__ void load(uint32_t stage, bool whole) {
-    const Element* from[4];
-    bool exists[4];
+  // Where the next stage's rows lie. If it is whole, row numbers of the one behind it are read.
+  __device__ void locate(bool whole) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      exists[i] = rows_[i] >= 0;
-      from[i] = column_ + static_cast<int64_t>(operands_.row_divisor.divide(max(rows_[i], 0))) * width_;
+      exists_[i] = rows_[i] >= 0;
+      from_[i] = column_ + static_cast<int64_t>(operands_.row_divisor.divide(max(rows_[i], 0))) * operands_.a_columns;
     }
-    if (!whole) {
-      copy(stage, [&](uint32_t shared, const Element* source, int i) { cp_async_16(shared, source, exists[i]); }, from);
-      return;
-    }
-    read_rows();  // of the next stage
-    copy(stage, [&](uint32_t shared, const Element* source, int) { cp_async_16(shared, source); }, from);
+    if (whole) read_rows();
+  }
+  // Copies the located rows. A stage may have fewer than 64 of them only as the last one.
+  __device__ void load(uint32_t stage, bool whole) const {
+    if (whole) copy(stage, [](uint32_t shared, const Element* source, bool) { cp_async_16(shared, source); });
+    else copy(stage, [](uint32_t shared, const Element* source, bool exists) { cp_async_16(shared, source, exists); });
   }
 
  private:
   template <typename Copy>
-  __device__ __forceinline__ void copy(uint32_t stage, Copy copy_16, const Element* (&from)[4]) const {
+  __device__ __forceinline__ void copy(uint32_t stage, Copy copy_16) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      copy_16(stage + shared_offset_ + i * 2048, from[i], i);
-      copy_16(stage + kMnChunkBytes + shared_offset_ + i * 2048, from[i] + second_chunk_, i);
+      copy_16(stage + shared_offset_ + i * 2048, from_[i], exists_[i]);
+      copy_16(stage + kMnChunkBytes + shared_offset_ + i * 2048, from_[i] + second_chunk_, exists_[i]);
     }
   }
   __device__ void read_rows() {
@@ -86,32 +89,34 @@ class ColumnGather {
   }
   const KGroupedOperands<Element>& operands_;
   const Element* column_;
-  int width_, end_, next_, second_chunk_;
+  int end_, next_, second_chunk_;
   uint32_t shared_offset_;
   int rows_[4];
+  const Element* from_[4];
+  bool exists_[4];
 };
 
 struct WeightTile {
-  int expert, row, column;  // row of n, column of k
+  int expert, row, column;  // column of A, column of B
   int begin, end;           // the expert's rows
 };
 
-// Block b computes tiles b, b + gridDim.x, ...
+// Block b computes tiles b, b + gridDim.x and so on.
 template <typename Config, typename Element>
 class WeightTiles {
  public:
   __device__ explicit WeightTiles(const KGroupedOperands<Element>& operands)
       : operands_(operands),
-        column_tiles_((operands.k + Config::kCols - 1) / Config::kCols),
-        expert_tiles_(column_tiles_ * ((operands.n + Config::kRows - 1) / Config::kRows)),
+        row_tiles_((operands.a_columns + Config::kRows - 1) / Config::kRows),
+        expert_tiles_(row_tiles_ * ((operands.b_columns + Config::kCols - 1) / Config::kCols)),
         local_(blockIdx.x) {}
 
   __device__ bool next(WeightTile& tile) {
     expert_ += local_ / expert_tiles_;
     local_ %= expert_tiles_;
     if (expert_ >= operands_.num_experts) return false;
-    const int row_tile = local_ / column_tiles_;
-    tile = {expert_, row_tile * Config::kRows, (local_ - row_tile * column_tiles_) * Config::kCols,
+    const int column_tile = local_ / row_tiles_;
+    tile = {expert_, (local_ - column_tile * row_tiles_) * Config::kRows, column_tile * Config::kCols,
             __ldg(operands_.expert_offsets + expert_), __ldg(operands_.expert_offsets + expert_ + 1)};
     local_ += gridDim.x;
     return true;
@@ -119,95 +124,159 @@ class WeightTiles {
 
  private:
   const KGroupedOperands<Element>& operands_;
-  int column_tiles_, expert_tiles_;
+  int row_tiles_, expert_tiles_;
   int expert_ = 0, local_;  // tiles of an expert: far below 2^31
 };
 
-template <int kChunks>
-__device__ __forceinline__ void load_ragged(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int column,
-                                            int row, int end) {
+// The columns of B of a stage; of two blocks in a cluster each brings half of them to both.
+template <typename Config>
+__device__ __forceinline__ void load_b(const CUtensorMap& map, uint32_t stage, uint32_t full, const WeightTile& tile,
+                                       int row) {
+  constexpr int kChunks = Config::kCols / 64;
+  const bool paired = cluster_blocks() == 2;
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    tma_load(stage + chunk * kMnChunkBytes, map, barrier, column + chunk * 64, ragged_row(row, end), kRaggedRows, end);
+  for (int i = 0; i < kChunks; ++i) {
+    if (!paired) {
+      tma_load(stage + i * kMnChunkBytes, map, full, tile.column + i * 64, ragged_row(row, tile.end), kRaggedRows,
+               tile.end);
+    } else if (i < kChunks / 2) {
+      const int chunk = cluster_rank() * (kChunks / 2) + i;
+      tma_load_for_both(stage + chunk * kMnChunkBytes, map, full, tile.column + chunk * 64, ragged_row(row, tile.end),
+                        kRaggedRows, tile.end);
+    }
   }
 }
 
 template <typename Config, typename Element, Gathered kGathered>
 __device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Element>& operands,
                                                      const Ring<Config>& ring) {
-  constexpr int kTmaBytes =
-      (kGathered == Gathered::kGrad ? 0 : Config::kABytes) + (kGathered == Gathered::kA ? 0 : Config::kBBytes);
-  if (kGathered == Gathered::kNone && threadIdx.x > 0) return;
-  constexpr bool kGradGathered = kGathered == Gathered::kGrad;
+  constexpr bool kGathers = kGathered != Gathered::kNone;
+  if (!kGathers && threadIdx.x > 0) return;
   WeightTiles<Config, Element> tiles(operands);
   RingPosition<Config> position;
-  ColumnGather<Element> gather(operands, kGradGathered ? operands.n : operands.k);
+  ColumnGather<Element> gather(operands);
   WeightTile tile, upcoming;
   bool more = tiles.next(tile);
-  if (kGathered != Gathered::kNone && more) gather.start(kGradGathered ? tile.row : tile.column, tile.begin, tile.end);
+  if (kGathers && more) gather.start(tile.row, tile.begin, tile.end);
   while (more) {
     more = tiles.next(upcoming);  // its loads are under way while this tile's first rows are copied
     for (int row = tile.begin; row < tile.end; row += kDepth, position.advance()) {
+      const bool whole = row + kDepth <= tile.end;
+      if constexpr (kGathers) gather.locate(whole);
       barrier_wait(ring.empty(position.stage()), position.phase() ^ 1);
       const uint32_t full = ring.full(position.stage());
-      if (threadIdx.x == 0) {
-        barrier_arrive_expect(full, kTmaBytes);
-        if (kGathered != Gathered::kGrad) {
-          load_ragged<Config::kRows / 64>(operands.ragged, ring.a(position.stage()), full, tile.row, row, tile.end);
+      static_assert(Config::kStages <= 4, "each stage's TMA has a warp of its own");
+      if (threadIdx.x == (kGathers ? position.stage() * 32 : 0)) {  // each warp in turn: TMA delays its copies
+        barrier_arrive_expect(full, Config::kBBytes + (kGathers ? 0 : Config::kABytes));
+        if constexpr (!kGathers) {
+#pragma unroll
+          for (int chunk = 0; chunk < Config::kRows / 64; ++chunk) {
+            tma_load(ring.a(position.stage()) + chunk * kMnChunkBytes, operands.a, full, tile.row + chunk * 64,
+                     ragged_row(row, tile.end), kRaggedRows, tile.end);
+          }
         }
-        if (kGathered != Gathered::kA) {
-          const CUtensorMap& map = kGathered == Gathered::kNone ? operands.ragged_too : operands.ragged;
-          load_ragged<Config::kCols / 64>(map, ring.b(position.stage()), full, tile.column, row, tile.end);
-        }
+        load_b<Config>(operands.b, ring.b(position.stage()), full, tile, row);
       }
-      if constexpr (kGathered != Gathered::kNone) {
-        const bool whole = row + kDepth <= tile.end;
-        gather.load(kGradGathered ? ring.a(position.stage()) : ring.b(position.stage()), whole);
+      if constexpr (kGathers) {
+        gather.load(ring.a(position.stage()), whole);
         cp_async_arrive(full);
         if (row + kDepth >= tile.end && more) {  // row numbers of the next tile, as early as those of the next stage
-          gather.start(kGradGathered ? upcoming.row : upcoming.column, upcoming.begin, upcoming.end);
+          gather.start(upcoming.row, upcoming.begin, upcoming.end);
         }
       }
     }
-    if (kGathered != Gathered::kNone && tile.begin == tile.end && more) {
-      gather.start(kGradGathered ? upcoming.row : upcoming.column, upcoming.begin, upcoming.end);
-    }
+    if (kGathers && tile.begin == tile.end && more) gather.start(upcoming.row, upcoming.begin, upcoming.end);
     tile = upcoming;
   }
 }
 
-// out[e] = outputs, in the weights' type; or, in fp32, out[e] += outputs. 64 rows x 128 bytes a piece.
-template <typename Element, bool kAccumulate>
+// out[e] = outputs, in the weights' type; or, in fp32, out[e] += outputs. A piece has 64 columns of A: untransposed 64
+// rows of out by 128 bytes, transposed 128 bytes of 64 rows, or in fp32 twice 128 bytes of 32 rows.
+template <typename Element, bool kAccumulate, bool kTransposed>
 struct WeightStore {
-  static constexpr int kPieceColumns = kAccumulate ? 32 : 64;
-  CUtensorMap output;  // [E, n, k], boxes of 64 rows
+  static constexpr bool kAdds = kAccumulate;
+  static constexpr int kBoxRows = kAccumulate && kTransposed ? 32 : 64;
+  static constexpr int kPieceColumns = kAccumulate ? 32 : 64;  // of B
+  CUtensorMap output;                                          // [E, n, k], boxes of kBoxRows
   void* output_data;
 
   __device__ void zeros(const KGroupedOperands<Element>& operands, const WeightTile& tile, int row, int rows,
                         int columns) const {
-    Element* expert = static_cast<Element*>(output_data) + static_cast<int64_t>(tile.expert) * operands.n * operands.k;
-    store_zeros(expert, operands.k, row, min(row + rows, operands.n), tile.column,
-                min(tile.column + columns, operands.k));
+    const int row_end = min(row + rows, operands.a_columns);
+    const int column_end = min(tile.column + columns, operands.b_columns);
+    Element* expert = static_cast<Element*>(output_data) +
+                      static_cast<int64_t>(tile.expert) * operands.a_columns * operands.b_columns;
+    if constexpr (kTransposed) store_zeros(expert, operands.a_columns, tile.column, column_end, row, row_end);
+    else store_zeros(expert, operands.b_columns, row, row_end, tile.column, column_end);
   }
 
-  template <typename Stager, int kCount>
-  __device__ __forceinline__ void finish(Stager& stager, const WeightTile& tile, int row, int width,
-                                         float (&outputs)[kCount]) const {
+  // The outputs of a consumer, whose first column of A is `row`: kBuffers pieces at once, and then one whenever a
+  // buffer has been read.
+  template <int kBuffers, int kCount>
+  __device__ __forceinline__ void store_tile(const Consumer& consumer, const WeightTile& tile, int row, int b_columns,
+                                             const float (&outputs)[kCount]) const {
+    constexpr int kPieces = 2 * kCount / kPieceColumns;
+    static_assert(kBuffers <= kPieces);
+    const bool leads = consumer.leads();
+    auto exists = [&](int piece) { return tile.column + piece * kPieceColumns < b_columns; };
+    auto buffer = [&](int piece) { return consumer.staging + piece % kBuffers * kPieceBytes; };
+    if (leads) tma_wait_read<0>();  // of the tile before
+    consumer.sync();
 #pragma unroll
-    for (int piece = 0; piece < 2 * kCount / kPieceColumns; ++piece) {
-      const int column = tile.column + piece * kPieceColumns;
-      if (column >= width) break;
-      if constexpr (kAccumulate) {
-        stager.store_fp32(outputs, piece * 16,
-                          [&](uint32_t shared) { tma_add(output, shared, column, row, tile.expert); });
-      } else {
-        stager.template store<Element>(
-            [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); },
-            [&](uint32_t shared) { tma_store_streaming(output, shared, column, row, tile.expert); });
-      }
+    for (int piece = 0; piece < kBuffers; ++piece) {
+      if (exists(piece)) write(consumer, buffer(piece), outputs, piece);
+    }
+    proxy_fence();
+    consumer.sync();
+#pragma unroll
+    for (int piece = 0; piece < kBuffers; ++piece) {
+      if (leads && exists(piece)) store(buffer(piece), row, tile.column + piece * kPieceColumns, tile.expert);
+    }
+#pragma unroll
+    for (int piece = kBuffers; piece < kPieces; ++piece) {
+      if (!exists(piece)) break;
+      if (leads) tma_wait_read<kBuffers - 1>();
+      consumer.sync();
+      write(consumer, buffer(piece), outputs, piece);
+      proxy_fence();
+      consumer.sync();
+      if (leads) store(buffer(piece), row, tile.column + piece * kPieceColumns, tile.expert);
     }
   }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void write(const Consumer& consumer, uint32_t shared, const float (&outputs)[kCount],
+                                        int piece) const {
+    if constexpr (kAccumulate) {
+      write_piece_fp32<kTransposed>(consumer, shared, outputs, piece * 16);
+    } else {
+      write_piece<Element, kTransposed>(
+          consumer, shared, [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); });
+    }
+  }
+
+  // One thread. row: of A, column: of B.
+  __device__ __forceinline__ void store(uint32_t shared, int row, int column, int expert) const {
+    if constexpr (kAccumulate && kTransposed) {
+      tma_add(output, shared, row, column, expert);
+      tma_add(output, shared + kPieceBytes / 2, row + 32, column, expert);
+    } else if constexpr (kAccumulate) {
+      tma_add(output, shared, column, row, expert);
+    } else if constexpr (kTransposed) {
+      tma_store_streaming(output, shared, row, column, expert);
+    } else {
+      tma_store_streaming(output, shared, column, row, expert);
+    }
+    tma_commit();
+  }
 };
+
+// The stage's memory goes back to the producers that write into it: this block's, and its neighbour's in a cluster.
+template <typename Config>
+__device__ __forceinline__ void give_back(const Ring<Config>& ring, int stage, const Consumer& consumer) {
+  if (consumer.thread() < cluster_blocks()) barrier_arrive_at(ring.empty(stage), consumer.thread());
+}
 
 // What a consumer does whose part of the tile lies outside the output. One warp follows the ring, and the others wait
 // for it: a warp that polls alone could fall a whole round behind, where a barrier's phase looks the same again.
@@ -218,7 +287,7 @@ __device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Conf
     for (int block = 0; block < blocks; ++block) {
       barrier_wait(ring.full(position.stage()), position.phase());
       __syncwarp();
-      if (consumer.leads()) barrier_arrive(ring.empty(position.stage()));
+      give_back(ring, position.stage(), consumer);
       position.advance();
     }
   } else {
@@ -227,92 +296,72 @@ __device__ __forceinline__ void skip(const Ring<Config>& ring, RingPosition<Conf
   consumer.sync();
 }
 
-// Calls body(constant), the constant being `steps`, from 1 to kMost.
-template <int kMost, typename Body>
-__device__ __forceinline__ void dispatch_steps(int steps, Body&& body) {
-  if constexpr (kMost == 1) {
-    body(std::integral_constant<int, kMost>{});
-  } else {
-    if (steps == kMost) body(std::integral_constant<int, kMost>{});
-    else dispatch_steps<kMost - 1>(steps, body);
-  }
-}
-
-template <typename Config, typename Element, Gathered kGathered, bool kAccumulate>
-__device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Element>& operands,
-                                                     const WeightStore<Element, kAccumulate>& store,
+template <typename Config, typename Element, bool kGathers, typename Store>
+__device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Element>& operands, const Store& store,
                                                      const Ring<Config>& ring, const Consumer& consumer) {
   WeightTiles<Config, Element> tiles(operands);
   RingPosition<Config> position;
-  Stager<Config::kFragments, Config::kBuffers> stager(consumer);
-  auto give_back = [&](int stage, int) {
-    if (consumer.leads()) barrier_arrive(ring.empty(stage));
-  };
-  const int first_fragment = consumer.index * Config::kFragments;
+  static_assert(Config::kFragments == 1, "a consumer has 64 columns of A");
   WeightTile tile, upcoming;
   for (bool more = tiles.next(tile); more; tile = upcoming) {
     more = tiles.next(upcoming);  // its loads are under way during this tile
     const int blocks = (tile.end - tile.begin + kDepth - 1) / kDepth;
-    const int first_row = tile.row + first_fragment * 64;
+    const int row = tile.row + consumer.index * 64;
     if (blocks == 0) {
-      if constexpr (!kAccumulate) store.zeros(operands, tile, first_row, Config::kFragments * 64, Config::kCols);
+      if constexpr (!Store::kAdds) store.zeros(operands, tile, row, 64, Config::kCols);
       continue;
     }
-    if (first_row >= operands.n) {
+    if (row >= operands.a_columns) {
       skip<Config>(ring, position, blocks, consumer);
       continue;
     }
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
     int last = 0;
-    dispatch_steps<kSteps>((tile.end - tile.begin - 1) % kDepth / 16 + 1, [&](auto steps) {
-      last = multiply<Config, Element, false, false, kGathered != Gathered::kNone, Config::kCols, 1,
-                      decltype(steps)::value>(outputs, ring, position, blocks, first_fragment, give_back);
+    dispatch_multiple<kSteps, 1>((tile.end - tile.begin - 1) % kDepth / 16 + 1, [&](auto steps) {
+      last = multiply<Config, Element, false, false, kGathers, Config::kCols, 1, decltype(steps)::value>(
+          outputs, ring, position, blocks, consumer.index, [&](int stage, int) { give_back(ring, stage, consumer); });
     });
-    stager.begin(ring.a(last) + first_fragment * 8192);
-#pragma unroll
-    for (int f = 0; f < Config::kFragments; ++f) {
-      const int row = first_row + f * 64;
-      if (row < operands.n) store.finish(stager, tile, row, operands.k, outputs[f]);
-    }
-    stager.end();
-    give_back(last, 0);
+    give_back(ring, last, consumer);
+    store.template store_tile<Config::kBuffers>(consumer, tile, row, operands.b_columns, outputs[0]);
   }
   if (consumer.leads()) tma_wait_all();
 }
 
 template <typename Config>
 struct KGroupedShared {
-  static constexpr int kBarriers =
-      Ring<Config>::kBytes + kConsumers * Stager<Config::kFragments, Config::kBuffers>::kBytes;
+  static constexpr int kBarriers = Ring<Config>::kBytes + kConsumers * Config::kBuffers * kPieceBytes;
   static constexpr int kBytes = kBarriers + Ring<Config>::kBarrierBytes;
   static_assert(kBytes <= kMaxSharedBytes, "more than an SM has");
 };
 
+// 504 registers a thread of each kind are there to share out. The gather keeps 4 addresses and 4 row numbers.
 template <typename Config, typename Element, Gathered kGathered, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads, 1)
     k_grouped_kernel(const __grid_constant__ KGroupedOperands<Element> operands,
-                     const __grid_constant__ WeightStore<Element, kAccumulate> store) {
+                     const __grid_constant__ WeightStore<Element, kAccumulate, kGathered == Gathered::kA> store) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr bool kGathers = kGathered != Gathered::kNone;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const Ring<Config> ring{base, base + KGroupedShared<Config>::kBarriers};
   if (threadIdx.x == 0) {
-    ring.init(kGathered == Gathered::kNone ? 1 : 1 + 128);
+    ring.init(kGathers ? 1 + 128 : 1, kConsumers * cluster_blocks());
     barrier_init_fence();
-    prefetch_map(operands.ragged);
+    if constexpr (!kGathers) prefetch_map(operands.a);
+    prefetch_map(operands.b);
     prefetch_map(store.output);
   }
-  __syncthreads();
+  cluster_sync();  // a block's copies and arrivals reach its neighbour's barriers
   if (threadIdx.x < 128) {
-    give_registers<kGathered == Gathered::kNone ? 24 : 56>();
+    give_registers<kGathers ? 56 : 40>();
     produce_weight_tiles<Config, Element, kGathered>(operands, ring);
   } else {
-    take_registers<kGathered == Gathered::kNone ? 240 : 224>();
+    take_registers<kGathers ? 224 : 232>();
     const int index = threadIdx.x / 128 - 1;
-    const Consumer consumer{index,
-                            base + Ring<Config>::kBytes + index * Stager<Config::kFragments, Config::kBuffers>::kBytes};
-    consume_weight_tiles<Config, Element, kGathered, kAccumulate>(operands, store, ring, consumer);
+    const Consumer consumer{index, base + Ring<Config>::kBytes + index * Config::kBuffers * kPieceBytes};
+    consume_weight_tiles<Config, Element, kGathers>(operands, store, ring, consumer);
   }
+  cluster_sync();  // nor does a block end before
 #endif
 }
 

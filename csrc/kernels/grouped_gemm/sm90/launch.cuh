@@ -1,6 +1,9 @@
 // Launchers of the kernels of the sm_90a engine.
 #pragma once
 
+#include <array>
+#include <atomic>
+
 #include "../launch.h"
 #include "activate_backward.cuh"
 #include "interleaved.cuh"
@@ -49,12 +52,28 @@ MGroupedOperands<Element> operands_of(const Product& product) {
   operands.expert_offsets = product.expert_offsets;
   operands.num_experts = experts;
   operands.num_rows = product.num_rows;
+  operands.column_tiles = static_cast<int>(ceil_div(n, kTileColumns));
   operands.k = k;
   return operands;
 }
 
+// How many blocks of this kernel in clusters of two run at once, one a multiprocessor. Asked once a device: where a
+// cluster's part of the device has an odd number of multiprocessors, one is left over.
+template <auto kKernel>
+int paired_blocks(const cudaLaunchConfig_t& config, const char* name) {
+  static std::array<std::atomic<int>, 64> known{};  // by device, and 1 more
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), name);
+  const bool remembered = device < static_cast<int>(known.size());
+  if (const int blocks = remembered ? known[device].load(std::memory_order_relaxed) : 0; blocks > 0) return blocks - 1;
+  int pairs = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&pairs, kKernel, &config), name);
+  if (remembered) known[device].store(2 * pairs + 1, std::memory_order_relaxed);
+  return 2 * pairs;
+}
+
 // Blocks of an m-grouped product: no more than there are tiles, no more than one an SM.
-inline int blocks_of(const Product& product, int tile_rows, int64_t column_tiles, const char* name) {
+inline int blocks_of(const Product& product, int tile_rows, int column_tiles, const char* name) {
   const int64_t row_tiles = ceil_div(product.num_rows, tile_rows) + std::min(product.num_experts + 1, product.num_rows);
   const int64_t tiles = row_tiles * column_tiles;
   if (tiles >= int64_t{1} << 30) throw std::runtime_error(std::string("moe_kernels: too many tiles in ") + name);
@@ -66,10 +85,8 @@ void launch_m_grouped(const Product& product, const Epilogue& epilogue, cudaStre
   constexpr auto kKernel = m_grouped_kernel<Config, kWeightsKMajor, Element, Epilogue>;
   using Shared = MGroupedShared<Config, Epilogue>;
   allow_shared_memory<SharedBytes<Shared>, kKernel>(name);
-  auto operands = operands_of<true, kWeightsKMajor, false, Config::kCols, 0, Element>(product);
-  const int64_t column_tiles = ceil_div(epilogue.columns, Config::kCols / (Epilogue::kGated ? 2 : 1));
-  operands.column_tiles = static_cast<int>(column_tiles);
-  const int blocks = blocks_of(product, Config::kRows, column_tiles, name);
+  const auto operands = operands_of<true, kWeightsKMajor, false, Config::kCols, 0, Element>(product);
+  const int blocks = blocks_of(product, Config::kRows, operands.column_tiles, name);
   kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }
@@ -79,37 +96,55 @@ void launch_swap_ab(const Product& product, const Epilogue& epilogue, cudaStream
   using Config = SwapAB;
   constexpr auto kKernel = swap_ab_kernel<Config, Element, kGathered, kWeightsKMajor, Epilogue>;
   allow_shared_memory<SwapABShared, kKernel>(name);
-  auto operands = operands_of<kGathered, kWeightsKMajor, Epilogue::kGated, Config::kRows, kRowBox, Element>(product);
-  const int64_t column_tiles = ceil_div(epilogue.columns, Config::kRows / (Epilogue::kGated ? 2 : 1));
-  operands.column_tiles = static_cast<int>(column_tiles);
-  const int blocks = blocks_of(product, Epilogue::kMostRows, column_tiles, name);
+  const auto operands =
+      operands_of<kGathered, kWeightsKMajor, Epilogue::kGated, Config::kRows, kRowBox, Element>(product);
+  const int blocks = blocks_of(product, Epilogue::kMostRows, operands.column_tiles, name);
   kKernel<<<blocks, kThreads, SwapABShared::kSharedBytes, stream>>>(operands, epilogue);
   check_launch(name);
 }
 
-template <typename Config, Gathered kGathered, bool kAccumulate, typename Element>
+template <Gathered kGathered, bool kAccumulate, typename Element>
 void launch_k_grouped(const WeightGradParams& params, cudaStream_t stream) {
+  using Config = Cooperative128x256;
   constexpr auto kKernel = k_grouped_kernel<Config, Element, kGathered, kAccumulate>;
+  constexpr bool kTransposed = kGathered == Gathered::kA;
   using Shared = KGroupedShared<Config>;
+  using Store = WeightStore<Element, kAccumulate, kTransposed>;
   allow_shared_memory<SharedBytes<Shared>, kKernel>("weight_grad");
   KGroupedOperands<Element> operands = {};
-  const CUtensorMap grad = ragged_map(params.dtype, params.grad, params.n, params.n);
-  const CUtensorMap a = ragged_map(params.dtype, params.a, params.k, params.k);
-  operands.ragged = kGathered == Gathered::kGrad ? a : grad;
-  operands.ragged_too = a;
-  operands.gathered = static_cast<const Element*>(kGathered == Gathered::kGrad ? params.grad : params.a);
-  operands.row_index = kGathered == Gathered::kGrad ? params.grad_sorted_rows : params.a_sorted_rows;
+  const void* a_data = kTransposed ? params.a : params.grad;
+  const void* b_data = kTransposed ? params.grad : params.a;
+  operands.a_columns = kTransposed ? params.k : params.n;
+  operands.b_columns = kTransposed ? params.n : params.k;
+  if (kGathered == Gathered::kNone) {
+    operands.a = ragged_map(params.dtype, a_data, operands.a_columns, operands.a_columns);
+  }
+  operands.b = ragged_map(params.dtype, b_data, operands.b_columns, operands.b_columns);
+  operands.gathered = static_cast<const Element*>(a_data);
+  operands.row_index = kTransposed ? params.a_sorted_rows : params.grad_sorted_rows;
   operands.row_divisor = Divisor(params.top_k);
   operands.expert_offsets = params.expert_offsets;
   operands.num_experts = params.num_experts;
-  operands.n = params.n;
-  operands.k = params.k;
-  const WeightStore<Element, kAccumulate> store{experts_map(kAccumulate ? DType::kFloat32 : params.dtype, params.output,
-                                                            params.num_experts, params.n, params.k, 64),
-                                                params.output};
-  const int64_t tiles = params.num_experts * ceil_div(params.n, Config::kRows) * ceil_div(params.k, Config::kCols);
-  const int blocks = static_cast<int>(std::min<int64_t>(tiles, device_limits().multiprocessors));
-  kKernel<<<blocks, kThreads, Shared::kBytes, stream>>>(operands, store);
+  const Store store{experts_map(kAccumulate ? DType::kFloat32 : params.dtype, params.output, params.num_experts,
+                                params.n, params.k, Store::kBoxRows),
+                    params.output};
+  const int64_t row_tiles = ceil_div(operands.a_columns, Config::kRows);
+  const int64_t tiles = params.num_experts * row_tiles * ceil_div(operands.b_columns, Config::kCols);
+  cudaLaunchAttribute pairs = {};
+  pairs.id = cudaLaunchAttributeClusterDimension;
+  pairs.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2), config.blockDim = dim3(kThreads), config.dynamicSmemBytes = Shared::kBytes;
+  config.stream = stream;
+  config.attrs = &pairs;
+  config.numAttrs = 1;
+  int at_once = row_tiles % 2 == 0 ? paired_blocks<kKernel>(config, "weight_grad") : 0;
+  if (at_once == 0) {  // pairs would straddle columns of B, or the device holds none
+    config.numAttrs = 0;
+    at_once = device_limits().multiprocessors;
+  }
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, at_once)));
+  cudaLaunchKernelEx(&config, kKernel, operands, store);
   check_launch("weight_grad");
 }
 

@@ -22,7 +22,7 @@ struct Ring {
   __device__ uint32_t full(int stage) const { return barriers + stage * 8; }
   __device__ uint32_t empty(int stage) const { return barriers + (Config::kStages + stage) * 8; }
 
-  // Called by one thread, before a __syncthreads. The arrivals that `full` and `empty` wait for.
+  // Called by one thread, before a __syncthreads or cluster_sync. The arrivals that `full` and `empty` wait for.
   __device__ void init(int producer_arrivals, int consumer_arrivals = kConsumers) const {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       barrier_init(full(stage), producer_arrivals);
@@ -52,6 +52,17 @@ template <typename Config, int kCount>
 __device__ __forceinline__ void pin(Outputs<Config>& outputs) {
 #pragma unroll
   for (int f = 0; f < Config::kFragments; ++f) pin<kCount>(outputs[f]);
+}
+
+// Calls body(constant), the constant being `value`: a multiple of kStep, from kStep to kMost.
+template <int kMost, int kStep, typename Body>
+__device__ __forceinline__ void dispatch_multiple(int value, Body&& body) {
+  if constexpr (kMost == kStep) {
+    body(std::integral_constant<int, kMost>{});
+  } else {
+    if (value == kMost) body(std::integral_constant<int, kMost>{});
+    else dispatch_multiple<kMost - kStep, kStep>(value, body);
+  }
 }
 
 // The products of a tile's `blocks` >= 1 stages. Of the last one kLastSteps x 16 of the contraction are multiplied. A

@@ -1,6 +1,6 @@
 // The instructions of the sm_90a engine that are not wgmma: mbarrier, TMA, cp.async, stmatrix, shared memory,
-// named barriers, registers. Source: PTX ISA 9.0, sections mbarrier, cp.async.bulk.tensor, stmatrix, setmaxnreg, Async
-// Proxy.
+// named barriers, clusters, registers. Source: PTX ISA 9.0, sections mbarrier, cp.async.bulk.tensor, mapa, stmatrix,
+// barrier.cluster, setmaxnreg, Async Proxy.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// After the inits and before a __syncthreads: makes them visible to the copy engine too.
+// After the inits and before a __syncthreads or cluster_sync: makes them visible to the copy engine too.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -34,6 +34,16 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 // As so many threads.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// On the barrier at this address of block `rank` of the cluster. Hands over no memory written by st.shared: without
+// .release.cluster no fence of the whole device is compiled in.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, "
+      "[there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
@@ -92,6 +102,16 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
       : "memory");
 }
 
+// Into both blocks of a cluster of two, at the same place, and onto the barrier of each.
+__device__ __forceinline__ void tma_load_for_both(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int c0,
+                                                  int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4, %5, %6}], [%2], %7;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(uint16_t{3})
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                "r"(shared), "r"(c0), "r"(c1), "r"(c2)
@@ -131,6 +151,26 @@ __device__ __forceinline__ void tma_wait_read() {
 }
 
 __device__ __forceinline__ void tma_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// ------------------------------------------------------------------------------------------------------- cluster
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ int cluster_blocks() {
+  int blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+
+// Waits for all threads of the cluster's blocks that have not ended.
+__device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // ------------------------------------------------------------------------------------------------------ cp.async
 

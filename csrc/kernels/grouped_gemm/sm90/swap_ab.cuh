@@ -51,17 +51,6 @@ struct SwapABShared {
 
 constexpr int kRowBox = 32;  // rows that TMA brings at a time where they are not gathered
 
-// Calls body(constant), the constant being `columns`: a multiple of 8 from 8 to kMost.
-template <int kMost, typename Body>
-__device__ __forceinline__ void dispatch_columns(int columns, Body&& body) {
-  if constexpr (kMost == 8) {
-    body(std::integral_constant<int, kMost>{});
-  } else {
-    if (columns == kMost) body(std::integral_constant<int, kMost>{});
-    else dispatch_columns<kMost - 8>(columns, body);
-  }
-}
-
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
                                                 const Ring<Config>& ring, const TileNotes& notes) {
@@ -158,7 +147,7 @@ __device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>&
     }
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
     int last = 0;
-    dispatch_columns<Epilogue::kMostRows>(tile.height, [&](auto height) {
+    dispatch_multiple<Epilogue::kMostRows, 8>(tile.height, [&](auto height) {
       last = multiply<Config, Element, kKMajor, true, kGathered, decltype(height)::value, kGated ? 2 : 1>(
           outputs, ring, position, blocks, first_fragment, give_back);
     });

@@ -13,13 +13,6 @@ namespace moe::sm90 {
 
 constexpr int kPieceRows = 64;  // and 64 columns: kPieceBytes, as many as a fragment of a stage has
 
-// Where, in a piece, this lane's 16 bytes lie of a transposed stmatrix or ldmatrix of rows 16 group .. + 15.
-__device__ __forceinline__ int transposed_offset(int group) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const int row = group * 16 + lane / 16 * 8 + lane % 8;
-  return row * 128 + (((2 * warp + lane / 8 % 2) ^ (row % 8)) << 4);
-}
-
 // What is added to the outputs of this thread's two columns of a fragment's 64: 16 warp + lane / 4 and the one 8 above.
 struct ColumnBias {
   float low = -0.0f, high = -0.0f;  // x + -0 is x, for x = -0 too

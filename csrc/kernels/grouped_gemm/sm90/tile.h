@@ -4,8 +4,7 @@
 namespace moe::sm90 {
 
 // kRows x kCols outputs a tile, 64 of the contraction a stage. The two consumer warpgroups share a tile, half of the
-// rows each. kBuffers pieces of 8 KB a consumer lie between its outputs and TMA's stores, beside those of the last
-// stage.
+// rows each. kBuffers pieces of 8 KB a consumer lie between its outputs and TMA's stores.
 template <int kRowsValue, int kColsValue, int kStagesValue, int kBuffersValue>
 struct TileConfig {
   static constexpr int kRows = kRowsValue;
@@ -26,12 +25,10 @@ constexpr int kMostRows = 184;
 // The m-grouped products with the rows as A. Per stage 48 KB come from L2 for 128x256 outputs: at 650 TFLOP/s 7.7 TB/s,
 // which L2 just gives; 128x128 tiles want 10. H100, ms of the down projection, 4 stages and 2 buffers against 3 and 4:
 // fine-16 at T = 4096 0.61, 0.63; v3-ep8 at T = 8192 0.43, 0.47; fine-7b 0.34, 0.35.
+//
+// The weight gradients, A 128 columns wide as the gather is. H200, ms of the gate and up weights' gradient against
+// ping-pong 128x192, in one run: olmoe at T = 32768 3.70, 4.36; fine-16 at T = 16384 3.96, 4.84.
 using Cooperative128x256 = TileConfig<128, 256, 4, 2>;
-
-// The weight gradients: 128x256 where n is gathered, 256x128 where k is, as the gather is 128 columns wide. H100, ms of
-// the gate and up weights' gradient against ping-pong 128x128: olmoe at T = 32768 3.36, 4.29; v4-flash at T = 4096 (96
-// rows an expert) 4.82, 4.70.
-using Cooperative256x128 = TileConfig<256, 128, 4, 2>;
 
 constexpr int kThreads = 384;  // a producer warpgroup and two consumer warpgroups
 constexpr int kMaxSharedBytes = 232448;
