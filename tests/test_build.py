@@ -55,16 +55,19 @@ needs_module = pytest.mark.skipif(module_path() is None, reason="the CUDA module
 
 @functools.cache
 def machine_code():
-    """Kernel name -> the set of its instructions, such as {"HMMA", "LDGSTS"}; of every architecture together."""
+    """Kernel name -> the set of its instructions, of every architecture together.
+
+    Names have no suffixes, such as {"HMMA", "LDGSTS"}, but for that of loads into several blocks: "UTMALDG.MULTICAST".
+    """
     kernels, name = {}, None
     for line in cuobjdump("-sass").splitlines():
         function = re.search(r"Function : (\S+)", line)
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\.[A-Z0-9_.]*MULTICAST)?", line)
         if function:
             name = function[1]
             kernels.setdefault(name, set())
         elif instruction:
-            kernels[name].add(instruction[1])
+            kernels[name].add(instruction[1] + (".MULTICAST" if instruction[2] else ""))
     return kernels
 
 
@@ -102,6 +105,13 @@ def test_products_run_on_tensor_cores_and_load_asynchronously(engine, kernel):
     for name, instructions in found.items():
         missing = [choice for choice in wanted if not instructions & set(choice.split("|"))]
         assert not missing and not instructions & unwanted, name
+
+
+@needs_module
+def test_weight_gradients_of_the_sm90_engine_load_for_two_blocks_at_once():
+    found = {name: instructions for name, instructions in machine_code().items() if "4sm90" in name}
+    sharing = {name for name, instructions in found.items() if "UTMALDG.MULTICAST" in instructions}
+    assert sharing and sharing == {name for name in found if "k_grouped_kernel" in name}
 
 
 @needs_module
