@@ -27,6 +27,8 @@ LARGE = [Case("row_tiles", 700, 6, 3, 200, 136), Case("many_blocks", 1000, 70, 4
          Case("many_without_an_expert", 24000, 2, 2, 64, 264, "sentinels"),
          # pairs of blocks, of which one consumer has no columns in every other tile, and experts without rows between
          Case("pairs_of_blocks", 900, 300, 2, 136, 136, "idle"),
+         # tiles whose outputs leave during the next tile's products, all of which are long enough for that
+         Case("outputs_leave_late", 3000, 40, 4, 256, 264), Case("late_columns_end", 3000, 40, 4, 520, 168),
          # one expert has far more rows than the others
          Case("skewed", 4000, 300, 2, 72, 136, "skewed"), Case("skewed_columns", 3000, 150, 3, 328, 264, "skewed")]
 

@@ -12,8 +12,8 @@
 // bias_grad: a block owns 64 columns of one expert: 8 lanes across them, so that a row is one 128-byte line, and 32 row
 // groups. Group g sums the rows first + g, first + g + 32, ... ascending, then one thread a column sums the 32 groups
 // ascending: an order that depends on nothing but the number of rows. Bound by memory: S*N elements read once.
-// routing_grad: without a bias 8 lanes a slot, which add every 8th partial sum ascending and then their sums in a
-// shuffle tree; with it one warp, and a shuffle tree over the columns too.
+// routing_grad: 4 lanes a slot, which add every 4th partial sum, or every 4th four of them, ascending, and then their
+// sums in a shuffle tree. With a bias one warp a slot, and a shuffle tree over the columns too.
 //
 // Deterministic: no atomics, every order is fixed. Source: derivative of the biased products of down_proj and up_proj.
 
@@ -99,26 +99,59 @@ __global__ void __launch_bounds__(kThreads) bias_grad_kernel(const BiasGradParam
 
 // -------------------------------------------------------------------------------------------------------- routing_grad
 
-constexpr int kSumLanes = 8;  // a slot: 32 bytes, what memory moves at least
+constexpr int kSumLanes = 4;  // a slot: 64 bytes at a time
+constexpr int kSumSlots = 2;  // a lane: loads of both are in flight
 
-// Called by all lanes of a warp; every 8 of them get the sum of their row, 0 where it is negative.
-__device__ __forceinline__ float sum_partials(const RoutingGradParams& params, int64_t row) {
-  float sum = 0.0f;
-  if (row >= 0) {
-    const float* partials = params.partials + row * params.num_partials;
-#pragma unroll 4
-    for (int p = threadIdx.x % kSumLanes; p < params.num_partials; p += kSumLanes) sum += partials[p];
+// Called by all lanes of a warp; every kSumLanes of them get the sums of their rows, 0 where a row is negative.
+template <int kSlots>
+__device__ __forceinline__ void sum_partials(const RoutingGradParams& params, const int (&rows)[kSlots],
+                                             float (&sums)[kSlots]) {
+  const int lane = threadIdx.x % kSumLanes, count = params.num_partials;
+  auto add = [&](int p, auto read) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (rows[s] >= 0) sums[s] += read(params.partials + static_cast<int64_t>(rows[s]) * count + p);
+    }
+  };
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) sums[s] = 0.0f;
+  if (count % 4 == 0) {
+#pragma unroll 2
+    for (int p = lane * 4; p < count; p += kSumLanes * 4) {
+      add(p, [](const float* from) {
+        const float4 four = *reinterpret_cast<const float4*>(from);
+        return (four.x + four.y) + (four.z + four.w);
+      });
+    }
+  } else {
+#pragma unroll 2
+    for (int p = lane; p < count; p += kSumLanes) add(p, [](const float* from) { return *from; });
   }
 #pragma unroll
-  for (int offset = kSumLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  return sum;
+  for (int s = 0; s < kSlots; ++s)
+#pragma unroll
+    for (int offset = kSumLanes / 2; offset > 0; offset /= 2) {
+      sums[s] += __shfl_xor_sync(kAllLanes, sums[s], offset);
+    }
 }
 
 __global__ void __launch_bounds__(kThreads) routing_grad_kernel(const RoutingGradParams params) {
-  const int64_t slot = static_cast<int64_t>(blockIdx.x) * (kThreads / kSumLanes) + threadIdx.x / kSumLanes;
-  const bool exists = slot < params.num_tokens * params.top_k;
-  const float sum = sum_partials(params, exists ? params.row_of_slot[slot] : -1);
-  if (exists && threadIdx.x % kSumLanes == 0) params.grad_topk_weights[slot] = sum;
+  constexpr int kApart = kThreads / kSumLanes;  // from a lane's slot to its next
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kApart * kSumSlots + threadIdx.x / kSumLanes;
+  const int64_t num_slots = params.num_tokens * params.top_k;
+  int rows[kSumSlots];
+#pragma unroll
+  for (int s = 0; s < kSumSlots; ++s) {
+    const int64_t slot = first + s * kApart;
+    rows[s] = slot < num_slots ? params.row_of_slot[slot] : -1;
+  }
+  float sums[kSumSlots];
+  sum_partials(params, rows, sums);
+#pragma unroll
+  for (int s = 0; s < kSumSlots; ++s) {
+    const int64_t slot = first + s * kApart;
+    if (slot < num_slots && threadIdx.x % kSumLanes == 0) params.grad_topk_weights[slot] = sums[s];
+  }
 }
 
 // The expert that owns the row: the last one that begins at or before it and is not empty.
@@ -157,7 +190,9 @@ __global__ void __launch_bounds__(kThreads) biased_routing_grad_kernel(const Rou
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (slot >= params.num_tokens * params.top_k) return;
   const int row = params.row_of_slot[slot];
-  float sum = sum_partials(params, row);
+  float sums[1];
+  sum_partials(params, {row}, sums);
+  float sum = sums[0];
   if (row >= 0) {
     const int64_t expert = expert_of_row(params.expert_offsets, params.num_experts, row);
     const int64_t token = static_cast<unsigned>(slot) / params.top_k;  // S is below 2^31
@@ -184,7 +219,7 @@ void launch_bias_grad(const BiasGradParams& params, cudaStream_t stream) {
 void launch_routing_grad(const RoutingGradParams& params, cudaStream_t stream) {
   const int64_t num_slots = params.num_tokens * params.top_k;
   if (num_slots == 0) return;
-  const int slots_of_block = kThreads / (params.down_bias != nullptr ? kWarpSize : kSumLanes);
+  const int slots_of_block = params.down_bias != nullptr ? kThreads / kWarpSize : kThreads / kSumLanes * kSumSlots;
   const auto blocks = static_cast<unsigned>((num_slots + slots_of_block - 1) / slots_of_block);
   if (params.down_bias == nullptr) {
     routing_grad_kernel<<<blocks, kThreads, 0, stream>>>(params);

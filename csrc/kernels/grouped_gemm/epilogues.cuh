@@ -152,35 +152,42 @@ struct ActivateBackwardEpilogue {
   ActivationParams activation;
 
   __device__ void operator()(const OutputPlace& place, float (&u)[8], const float (&)[8]) const {
-    float products[8] = {};
-    if (place.exists) place.has_expert ? gradients(place, u, products) : zeros(place);
-    const float sum = sum_of_16(products);
+    float activated[8] = {};
+    if (place.exists && place.has_expert) gradients(place, u, activated);
+    else if (place.exists) zeros(place);
+    else
+#pragma unroll
+      for (int i = 0; i < 8; ++i) u[i] = -0.0f;  // 0 * -0 changes no sum, not even one of -0
+    const float sum = sum_of_16(activated, u);
     if (place.exists && place.has_expert && place.column % kRoutingGradColumns == 0) {
       partials[place.row * num_partials + place.column / kRoutingGradColumns] = sum;
     }
   }
 
  private:
-  // 2 neighbouring lanes hold the 16 columns of one partial sum (kRoutingGradColumns). Column q and column q + 8 are
-  // added first, the even lane's q being 0 .. 3, the odd lane's 4 .. 7: the order in which the sm_90a engine has them.
-  __device__ static float sum_of_16(const float (&products)[8]) {
+  // The sum of activated * u. 2 neighbouring lanes hold the 16 columns of one partial sum (kRoutingGradColumns). To the
+  // product of column q that of column q + 8 is added first, in one rounding, the even lane's q being 0 .. 3, the odd
+  // lane's 4 .. 7: as the sm_90a engine has them.
+  __device__ static float sum_of_16(const float (&activated)[8], const float (&u)[8]) {
     const bool is_odd = threadIdx.x % 2 == 1;
     float sums[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sums[i] =
-          (is_odd ? products[4 + i] : products[i]) + __shfl_xor_sync(~0u, is_odd ? products[i] : products[4 + i], 1);
+      const float given = is_odd ? activated[i] : __fmul_rn(activated[4 + i], u[4 + i]);
+      const float taken = __shfl_xor_sync(~0u, given, 1), taken_u = __shfl_xor_sync(~0u, u[i], 1);
+      sums[i] = is_odd ? __fmaf_rn(activated[4 + i], u[4 + i], taken)
+                       : __fmaf_rn(taken, taken_u, __fmul_rn(activated[i], u[i]));
     }
     const float half = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     return half + __shfl_xor_sync(~0u, half, 1);
   }
 
-  // Stores the row's gradients; products: of the activated columns with u.
-  __device__ void gradients(const OutputPlace& place, const float (&u)[8], float (&products)[8]) const {
+  // Stores the row's gradients.
+  __device__ void gradients(const OutputPlace& place, const float (&u)[8], float (&activated)[8]) const {
     const int64_t pre_offset = place.row * kHalves * columns + (kInterleavedColumns ? 2 : 1) * place.column;
     // Read-only loads: the compiler may start those of the next rows before the stores of this one.
     const float weight = __ldg(topk_weights + __ldg(sorted_rows + place.row));
-    float gate[8], up[8], activated[8], by_gate[8], by_up[8];
+    float gate[8], up[8], weighted[8], by_gate[8], by_up[8];
     if constexpr (kInterleavedColumns) {
       load8_interleaved(pre_activation + pre_offset, gate, up);
     } else {
@@ -195,15 +202,13 @@ struct ActivateBackwardEpilogue {
       }
     });
 #pragma unroll
-    for (int i = 0; i < 8; ++i) products[i] = __fmul_rn(activated[i], u[i]);
-#pragma unroll
     for (int i = 0; i < 8; ++i) {
       by_gate[i] *= weight * u[i];
       if constexpr (kGatedActivation) by_up[i] *= weight * u[i];
-      activated[i] *= weight;
+      weighted[i] = activated[i] * weight;
     }
     store_gradients(pre_offset, by_gate, by_up);
-    store8(weighted_rows + place.row * columns + place.column, activated);
+    store8(weighted_rows + place.row * columns + place.column, weighted);
   }
 
   __device__ void store_gradients(int64_t offset, const float (&by_gate)[8], const float (&by_up)[8]) const {

@@ -12,7 +12,8 @@
 // multiplied as it has.
 //
 // Outputs leave through buffers of their own, so that the tile's last stage goes back to the producer at once: with the
-// outputs in that stage too products waited for the next tile's rows (256 to 512 rows an expert: 3% slower).
+// outputs in that stage too products waited for the next tile's rows (256 to 512 rows an expert: 3% slower). Pieces for
+// which no buffer is free wait in registers, but for those in fp32, and leave while the next tile's products run.
 #pragma once
 
 #include "../../common/divisor.h"
@@ -210,11 +211,18 @@ struct WeightStore {
     else store_zeros(expert, operands.b_columns, row, row_end, tile.column, column_end);
   }
 
-  // The outputs of a consumer, whose first column of A is `row`: kBuffers pieces at once, and then one whenever a
-  // buffer has been read.
+  // What a consumer has not stored yet of the tile before. In fp32 that would be too many registers.
+  struct Late {
+    LatePieces<Element> pieces;
+    int row, column, expert;  // of the first piece
+    int stored = LatePieces<Element>::kPieces;
+  };
+
+  // The outputs of a consumer, whose first column of A is `row`: kBuffers pieces at once. The others become `late`, or
+  // leave one whenever a buffer has been read.
   template <int kBuffers, int kCount>
   __device__ __forceinline__ void store_tile(const Consumer& consumer, const WeightTile& tile, int row, int b_columns,
-                                             const float (&outputs)[kCount]) const {
+                                             const float (&outputs)[kCount], Late& late) const {
     constexpr int kPieces = 2 * kCount / kPieceColumns;
     static_assert(kBuffers <= kPieces);
     const bool leads = consumer.leads();
@@ -232,16 +240,43 @@ struct WeightStore {
     for (int piece = 0; piece < kBuffers; ++piece) {
       if (leads && exists(piece)) store(buffer(piece), row, tile.column + piece * kPieceColumns, tile.expert);
     }
+    if constexpr (kAccumulate) {
 #pragma unroll
-    for (int piece = kBuffers; piece < kPieces; ++piece) {
-      if (!exists(piece)) break;
-      if (leads) tma_wait_read<kBuffers - 1>();
-      consumer.sync();
-      write(consumer, buffer(piece), outputs, piece);
-      proxy_fence();
-      consumer.sync();
-      if (leads) store(buffer(piece), row, tile.column + piece * kPieceColumns, tile.expert);
+      for (int piece = kBuffers; piece < kPieces; ++piece) {
+        if (!exists(piece)) break;
+        if (leads) tma_wait_read<kBuffers - 1>();
+        consumer.sync();
+        write(consumer, buffer(piece), outputs, piece);
+        proxy_fence();
+        consumer.sync();
+        if (leads) store(buffer(piece), row, tile.column + piece * kPieceColumns, tile.expert);
+      }
+    } else {
+      static_assert(kPieces == kBuffers + LatePieces<Element>::kPieces);
+#pragma unroll
+      for (int piece = kBuffers; piece < kPieces; ++piece) {
+        late.pieces.keep(piece - kBuffers,
+                         [&](int group, float (&values)[8]) { take8(outputs, piece * 32 + group * 8, values); });
+      }
+      late.row = row, late.column = tile.column + kBuffers * kPieceColumns, late.expert = tile.expert;
+      late.stored = 0;
     }
+  }
+
+  // Stores the late piece unless that is done.
+  template <int kPiece, int kBuffers>
+  __device__ __forceinline__ void store_late(const Consumer& consumer, int b_columns, Late& late) const {
+    if (late.stored > kPiece) return;
+    late.stored = kPiece + 1;
+    const int column = late.column + kPiece * kPieceColumns;
+    if (column >= b_columns) return;
+    const uint32_t buffer = consumer.staging + kPiece % kBuffers * kPieceBytes;
+    if (consumer.leads()) tma_wait_read<kBuffers - 1>();
+    consumer.sync();
+    late.pieces.template write<kTransposed>(consumer, kPiece, buffer);
+    proxy_fence();
+    consumer.sync();
+    if (consumer.leads()) store(buffer, late.row, column, late.expert);
   }
 
  private:
@@ -303,6 +338,14 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
   RingPosition<Config> position;
   static_assert(Config::kFragments == 1, "a consumer has 64 columns of A");
   WeightTile tile, upcoming;
+  typename Store::Late late;
+  auto store_late = [&](int stage) {
+    if constexpr (!Store::kAdds) {
+      if (stage == kFirstLateStage) store.template store_late<0, Config::kBuffers>(consumer, operands.b_columns, late);
+      if (stage == kSecondLateStage) store.template store_late<1, Config::kBuffers>(consumer, operands.b_columns, late);
+    }
+  };
+  auto store_all_late = [&] { store_late(kFirstLateStage), store_late(kSecondLateStage); };
   for (bool more = tiles.next(tile); more; tile = upcoming) {
     more = tiles.next(upcoming);  // its loads are under way during this tile
     const int blocks = (tile.end - tile.begin + kDepth - 1) / kDepth;
@@ -312,6 +355,7 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
       continue;
     }
     if (row >= operands.a_columns) {
+      store_all_late();
       skip<Config>(ring, position, blocks, consumer);
       continue;
     }
@@ -319,10 +363,13 @@ __device__ __forceinline__ void consume_weight_tiles(const KGroupedOperands<Elem
     int last = 0;
     dispatch_multiple<kSteps, 1>((tile.end - tile.begin - 1) % kDepth / 16 + 1, [&](auto steps) {
       last = multiply<Config, Element, false, false, kGathers, Config::kCols, 1, decltype(steps)::value>(
-          outputs, ring, position, blocks, consumer.index, [&](int stage, int) { give_back(ring, stage, consumer); });
+          outputs, ring, position, blocks, consumer.index, [&](int stage, int) { give_back(ring, stage, consumer); },
+          store_late);
     });
     give_back(ring, last, consumer);
-    store.template store_tile<Config::kBuffers>(consumer, tile, row, operands.b_columns, outputs[0]);
+    store_all_late();
+    store.template store_tile<Config::kBuffers>(consumer, tile, row, operands.b_columns, outputs[0], late);
+    if (!more || upcoming.end - upcoming.begin <= kDepth) store_all_late();  // its products are too short
   }
   if (consumer.leads()) tma_wait_all();
 }

@@ -65,16 +65,20 @@ __device__ __forceinline__ void dispatch_multiple(int value, Body&& body) {
   }
 }
 
+struct Nothing {
+  __device__ void operator()(int) const {}
+};
+
 // The products of a tile's `blocks` >= 1 stages. Of the last one kLastSteps x 16 of the contraction are multiplied. A
 // stage is given back one block late, when its products are known to be done, by give_back(stage, block); the last one
 // is the caller's to give back, and returned. kGathered: cp.async wrote into the stages, so each consumer fences before
 // wgmma reads them. kColumns: of the tile's columns those that are computed. Fragment f of the consumer is fragment
-// first_fragment + f * kFragmentStride of the stage.
+// first_fragment + f * kFragmentStride of the stage. meanwhile(block) is called while a stage's products run.
 template <typename Config, typename Element, bool kAKMajor, bool kBKMajor, bool kGathered, int kColumns = Config::kCols,
-          int kFragmentStride = 1, int kLastSteps = kSteps, typename GiveBack>
+          int kFragmentStride = 1, int kLastSteps = kSteps, typename GiveBack, typename Meanwhile = Nothing>
 __device__ __forceinline__ int multiply(Outputs<Config>& outputs, const Ring<Config>& ring,
                                         RingPosition<Config>& position, int blocks, int first_fragment,
-                                        GiveBack give_back) {
+                                        GiveBack give_back, Meanwhile meanwhile = {}) {
   // A fragment's 64 rows: 64 rows of 128 bytes, or one MN-major chunk. Both are 8192 bytes.
   const uint32_t a_offset = first_fragment * 8192;
   int previous = 0;
@@ -94,6 +98,7 @@ __device__ __forceinline__ int multiply(Outputs<Config>& outputs, const Ring<Con
             b + step * kDescriptorStep<kBKMajor>, block > 0 || step > 0);
       }
     wgmma_commit();
+    meanwhile(block);
     wgmma_wait<1>();
     if (block > 0) give_back(previous, block - 1);
     previous = position.stage();
