@@ -96,7 +96,7 @@ def test_no_kernel_reads_or_writes_local_memory():
 @needs_module
 @pytest.mark.parametrize("engine, kernel", [("sm80", "m_grouped_kernel"), ("sm80", "k_grouped_kernel"),
                                             ("sm90", "m_grouped_kernel"), ("sm90", "k_grouped_kernel"),
-                                            ("sm90", "swap_ab_kernel")])
+                                            ("sm90", "swap_ab_kernel"), ("sm90", "ping_pong_kernel")])
 def test_products_run_on_tensor_cores_and_load_asynchronously(engine, kernel):
     wanted, unwanted = {"sm80": ({"HMMA", "LDGSTS"}, {"HGMMA"}),
                         "sm90": ({"HGMMA", "UTMALDG", "UTMASTG|UTMAREDG"}, {"HMMA"})}[engine]
@@ -108,10 +108,10 @@ def test_products_run_on_tensor_cores_and_load_asynchronously(engine, kernel):
 
 
 @needs_module
-def test_weight_gradients_of_the_sm90_engine_load_for_two_blocks_at_once():
+def test_kernels_of_the_sm90_engine_that_load_for_two_blocks_at_once():
     found = {name: instructions for name, instructions in machine_code().items() if "4sm90" in name}
     sharing = {name for name, instructions in found.items() if "UTMALDG.MULTICAST" in instructions}
-    assert sharing and sharing == {name for name in found if "k_grouped_kernel" in name}
+    assert sharing and sharing == {name for name in found if "k_grouped_kernel" in name or "ping_pong_kernel" in name}
 
 
 @needs_module

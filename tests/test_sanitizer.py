@@ -74,11 +74,13 @@ def test_pieces(case):
     assert_like_the_cpu(pieces, case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("hidden_size", [64, 72])
-def test_tile_after_tile(hidden_size, force):
+@pytest.mark.parametrize("case", [Case("one_block", 300, 150, 2, 64, 72, "sentinels"),
+                                  Case("two_blocks", 300, 150, 2, 72, 72, "sentinels"),
+                                  Case("in_turn", 1800, 20, 2, 2560, 64, "sentinels")], ids=case_id)
+def test_tile_after_tile(case, force):
     """More tiles than multiprocessors, so that memory is used again."""
     force("sm90" if HOPPER else "auto")
-    assert_like_the_cpu(layer, Case("tile_after_tile", 300, 150, 2, hidden_size, 72, "sentinels"), torch.bfloat16)
+    assert_like_the_cpu(layer, case, torch.bfloat16)
 
 
 def test_ungated_layer():

@@ -40,7 +40,7 @@ void grouped_mm_sm90(const GroupedMmParams& params, cudaStream_t stream) {
   const sm90::SwappedStoreEpilogue<Element> epilogue{
       sm90::ragged_map(params.dtype, params.c, params.n, params.n, sm90::kPieceRows), static_cast<Element*>(params.c),
       static_cast<const Element*>(params.bias), params.n};
-  sm90::launch_swap_ab<false, kTransposeB, Element>(product, epilogue, stream, "grouped_mm");
+  sm90::launch_in_order<kTransposeB, Element>(product, epilogue, stream, "grouped_mm");
 }
 
 }  // namespace

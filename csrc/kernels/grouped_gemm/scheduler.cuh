@@ -5,7 +5,9 @@
 // whose id was no expert) are one more group, and so are rows before the first one (where offsets are a slice of a
 // plan's); their outputs are zeros.
 //
-// kBalanced: a group's row tiles are equally high, a multiple of 8, and no higher than kTileRows.
+// kBalanced: a group's row tiles are equally high, a multiple of 8, and no higher than kTileRows. kPairs: two
+// neighbouring blocks compute two neighbouring column tiles of the same rows, and number such pairs; column_tiles is
+// even.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +22,15 @@ struct Tile {
   int height;  // rows of the tile, those beyond row_end included
 };
 
-template <int kTileRows, bool kBalanced = false>
+template <int kTileRows, bool kBalanced = false, bool kPairs = false>
 class TileScheduler {
  public:
   __device__ TileScheduler(const int32_t* expert_offsets, int num_experts, int num_rows, int column_tiles)
       : offsets_(expert_offsets),
         num_experts_(num_experts),
         num_rows_(num_rows),
-        column_tiles_(column_tiles),
-        index_(blockIdx.x) {}
+        column_tiles_(column_tiles / kAbreast),
+        index_(blockIdx.x / kAbreast) {}
 
   // Warp-collective: every warp of the block finds the same tile. False: no tile is left. The groups are read anew for
   // every tile: kept from one to the next they would cost registers in the products between.
@@ -52,11 +54,14 @@ class TileScheduler {
     tile.height = kBalanced ? ((end - begin + row_tiles - 1) / row_tiles + 7) / 8 * 8 : kTileRows;
     tile.row_begin = begin + (local - tile.column_tile * row_tiles) * tile.height;
     tile.row_end = kBalanced ? min(tile.row_begin + tile.height, end) : end;
-    index_ += gridDim.x;
+    index_ += gridDim.x / kAbreast;
+    if (kPairs) tile.column_tile = tile.column_tile * 2 + blockIdx.x % 2;
     return true;
   }
 
  private:
+  static constexpr int kAbreast = kPairs ? 2 : 1;
+
   __device__ static int row_tiles_of(int begin, int end) { return (end - begin + kTileRows - 1) / kTileRows; }
 
   // Of lane l: group first_group_ + l, and the row tiles of the groups from first_group_ to it.

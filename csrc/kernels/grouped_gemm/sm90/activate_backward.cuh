@@ -16,9 +16,9 @@ template <typename Element, ActivationSet kSet, bool kInterleavedColumns = false
 struct ActivateBackwardEpilogue {
   static constexpr bool kGated = false;  // the tile itself has one kind of column
   static constexpr bool kLoads = true;
-  // With more rows ptxas spills, but for swiglu alone, which would bear 160: the fewer registers the outputs take, the
-  // more chains of exp and division are under way at once; the lower a tile, the more weights a row. On an H200, mean
-  // over the benchmark's shapes, its 160, 136 and 128 rows are each 1% slower than 144.
+  // With more rows ptxas spills, but for swiglu without a limit, which would bear 160: the fewer registers the outputs
+  // take, the more chains of exp and division are under way at once; the lower a tile, the more weights a row. On an
+  // H200, mean over the benchmark's shapes, its 160, 136 and 128 rows are each 1% slower than 144.
   static constexpr int kMostRows = kSet == ActivationSet::kGated                                        ? 112
                                    : kSet == ActivationSet::kSwiGLUs || kSet == ActivationSet::kUngated ? 128
                                                                                                         : 144;

@@ -191,6 +191,39 @@ __device__ __forceinline__ void produce_weight_tiles(const KGroupedOperands<Elem
   }
 }
 
+// Two pieces of a tile that wait in registers, in the storage type, until the next tile's products run. They leave
+// during these stages: in the very first one the pieces stored before them may still fill the buffers. H200, mean time
+// of both weight gradients over 16 shapes, 1 without late pieces: stages 1 and 3 0.971, 1 and 2 0.973, 0 and 1 0.985, 2
+// and 3 0.987.
+constexpr int kFirstLateStage = 1, kSecondLateStage = 3;
+
+template <typename Element>
+class LatePieces {
+ public:
+  static constexpr int kPieces = 2;
+
+  // values_of as for write_piece.
+  template <typename ValuesOf>
+  __device__ __forceinline__ void keep(int piece, ValuesOf values_of) {
+#pragma unroll
+    for (int group = 0; group < 4; ++group) {
+      float values[8];
+      values_of(group, values);
+      pack_matrix<Element>(values, words_[piece][group]);
+    }
+  }
+
+  // Lays a piece into shared memory.
+  template <bool kTransposed>
+  __device__ __forceinline__ void write(const Consumer& consumer, int piece, uint32_t shared) const {
+#pragma unroll
+    for (int group = 0; group < 4; ++group) write_matrix<kTransposed>(consumer, shared, group, words_[piece][group]);
+  }
+
+ private:
+  uint32_t words_[kPieces][4][4];
+};
+
 // out[e] = outputs, in the weights' type; or, in fp32, out[e] += outputs. A piece has 64 columns of A: untransposed 64
 // rows of out by 128 bytes, transposed 128 bytes of 64 rows, or in fp32 twice 128 bytes of 32 rows.
 template <typename Element, bool kAccumulate, bool kTransposed>

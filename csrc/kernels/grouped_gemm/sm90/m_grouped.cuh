@@ -33,7 +33,7 @@ __device__ __forceinline__ void produce(const MGroupedOperands<Element>& operand
       const uint32_t full = ring.full(position.stage());
       if (threadIdx.x == 0) {
         barrier_arrive_expect(full, Config::kBBytes);
-        load_weights<Config::kCols, kKMajor, false>(operands.weights, ring.b(position.stage()), full, block * kDepth,
+        load_weights<Config::kCols, kKMajor, false>(operands, ring.b(position.stage()), full, block * kDepth,
                                                     tile.column_tile, tile.expert);
       }
       rows.load(ring.a(position.stage()));

@@ -11,6 +11,7 @@ template <typename Element>
 struct MGroupedOperands {
   CUtensorMap rows;               // [S, k], unless gathered
   CUtensorMap weights;            // [E, n, k] (gated: [E, 2, n / 2, k]) or [E, k, n] (gated: [E, k, 2, n / 2])
+  bool whole_chunks;              // of [E, k, n]: see tensor_map.h
   const Element* x;               // [rows, k] when gathered
   const int32_t* row_index;       // [S] when gathered: row(r) = row_index[r] / row_divisor
   Divisor row_divisor;            // K
@@ -19,6 +20,33 @@ struct MGroupedOperands {
   int num_rows;      // S
   int column_tiles;  // of the weights' columns
   int k;
+};
+
+constexpr int kNoTile = -1;  // in place of an expert: the block is done
+
+// Places in shared memory, 16 bytes each, where the producer, who finds the tiles, notes them for the consumers.
+template <int kPlaces>
+class TileNotes {
+ public:
+  static constexpr int kBytes = 16 * kPlaces;
+
+  __device__ explicit TileNotes(uint32_t shared) : shared_(shared) {}
+
+  __device__ void write(int place, const Tile& tile) const {
+    const uint32_t words[4] = {static_cast<uint32_t>(tile.expert), static_cast<uint32_t>(tile.row_begin),
+                               static_cast<uint32_t>(tile.row_end),
+                               static_cast<uint32_t>(tile.column_tile * 256 + tile.height)};  // a height is 8 bits
+    store_shared(shared_ + place * 16, words);
+  }
+  __device__ Tile read(int place) const {
+    uint32_t words[4];
+    load_shared(words, shared_ + place * 16);
+    return {static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2]),
+            static_cast<int>(words[3] / 256), static_cast<int>(words[3] % 256)};
+  }
+
+ private:
+  uint32_t shared_;
 };
 
 // Copies kRows gathered rows, 64 columns a stage, stage after stage. Thread t copies 16-byte chunk t % 8 of rows t / 8
@@ -71,23 +99,27 @@ class RowGather {
 
 // Loads kColumns columns of the weights for one stage; called by one thread. kGated: half of them are the gate's, in
 // front, and half the same of the up half.
-template <int kColumns, bool kKMajor, bool kGated>
-__device__ __forceinline__ void load_weights(const CUtensorMap& map, uint32_t stage, uint32_t barrier, int depth,
-                                             int column_tile, int expert) {
+template <int kColumns, bool kKMajor, bool kGated, typename Element>
+__device__ __forceinline__ void load_weights(const MGroupedOperands<Element>& operands, uint32_t stage,
+                                             uint32_t barrier, int depth, int column_tile, int expert) {
+  constexpr int kChunks = kColumns / 64, kHalf = kChunks / 2;
+  const CUtensorMap& map = operands.weights;
   if constexpr (kKMajor && kGated) {
     tma_load(stage, map, barrier, depth, column_tile * (kColumns / 2), 0, expert);
   } else if constexpr (kKMajor) {
     tma_load(stage, map, barrier, depth, column_tile * kColumns, expert);
-  } else {
-    constexpr int kChunks = kColumns / 64, kHalf = kChunks / 2;
+  } else if constexpr (kGated) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const uint32_t to = stage + chunk * kMnChunkBytes;
-      if constexpr (kGated) {
-        tma_load(to, map, barrier, (column_tile * kHalf + chunk % kHalf) * 64, chunk / kHalf, depth, expert);
-      } else {
-        tma_load(to, map, barrier, column_tile * kColumns + chunk * 64, depth, expert);
-      }
+      tma_load(stage + chunk * kMnChunkBytes, map, barrier, (column_tile * kHalf + chunk % kHalf) * 64, chunk / kHalf,
+               depth, expert);
+    }
+  } else if (operands.whole_chunks) {
+    tma_load(stage, map, barrier, 0, depth, column_tile * kChunks, expert);
+  } else {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      tma_load(stage + chunk * kMnChunkBytes, map, barrier, (column_tile * kChunks + chunk) * 64, depth, 0, expert);
     }
   }
 }

@@ -66,6 +66,11 @@ __device__ __forceinline__ void named_barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
+template <int kId, int kThreads>
+__device__ __forceinline__ void named_barrier_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
 // Between accesses of this thread (st.shared, stmatrix, cp.async that has landed) and those of TMA and wgmma to the
 // same memory.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -102,7 +107,17 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
       : "memory");
 }
 
-// Into both blocks of a cluster of two, at the same place, and onto the barrier of each.
+// Into both blocks of a cluster of two, at the same place, and onto the barrier of each. Each instruction costs: few
+// large boxes (docs/tuning.md).
+__device__ __forceinline__ void tma_load_for_both(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int c0,
+                                                  int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4}], [%2], %5;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "h"(uint16_t{3})
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_load_for_both(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int c0,
                                                   int c1, int c2, int c3) {
   asm volatile(

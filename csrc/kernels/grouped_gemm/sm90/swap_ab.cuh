@@ -16,44 +16,17 @@
 
 namespace moe::sm90 {
 
-constexpr int kNoTile = -1;  // in place of an expert: the block is done
-
-// Which tile begins with a stage: 16 bytes beside each stage's barriers.
-class TileNotes {
- public:
-  static constexpr int kBytes = 16 * SwapAB::kStages;
-
-  __device__ explicit TileNotes(uint32_t shared) : shared_(shared) {}
-
-  __device__ void write(int stage, const Tile& tile) const {
-    static_assert(kMostRows < 256, "a height is 8 bits");
-    const uint32_t words[4] = {static_cast<uint32_t>(tile.expert), static_cast<uint32_t>(tile.row_begin),
-                               static_cast<uint32_t>(tile.row_end),
-                               static_cast<uint32_t>(tile.column_tile * 256 + tile.height)};
-    store_shared(shared_ + stage * 16, words);
-  }
-  __device__ Tile read(int stage) const {
-    uint32_t words[4];
-    load_shared(words, shared_ + stage * 16);
-    return {static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2]),
-            static_cast<int>(words[3] / 256), static_cast<int>(words[3] % 256)};
-  }
-
- private:
-  uint32_t shared_;
-};
-
 struct SwapABShared {
   static constexpr int kNotes = Ring<SwapAB>::kBytes + Ring<SwapAB>::kBarrierBytes;
-  static constexpr int kSharedBytes = kNotes + TileNotes::kBytes;
+  static constexpr int kSharedBytes = kNotes + TileNotes<SwapAB::kStages>::kBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes && kNotes % 16 == 0, "more than an SM has, or not aligned");
 };
 
-constexpr int kRowBox = 32;  // rows that TMA brings at a time where they are not gathered
+constexpr int kRowBox = 64;  // rows that TMA brings at a time where they are not gathered: few instructions count
 
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
-                                                const Ring<Config>& ring, const TileNotes& notes) {
+                                                const Ring<Config>& ring, const TileNotes<Config::kStages>& notes) {
   if (!kGathered && threadIdx.x >= 32) return;
   TileScheduler<Epilogue::kMostRows, true> scheduler(operands.expert_offsets, operands.num_experts, operands.num_rows,
                                                      operands.column_tiles);
@@ -84,7 +57,7 @@ __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>&
         if (threadIdx.x == 0) {
           if (block == 0) notes.write(position.stage(), tile);
           barrier_arrive_expect(full, Config::kABytes + boxes * kRowBox * 128);
-          load_weights<Config::kRows, kKMajor, Epilogue::kGated>(operands.weights, ring.a(position.stage()), full,
+          load_weights<Config::kRows, kKMajor, Epilogue::kGated>(operands, ring.a(position.stage()), full,
                                                                  block * kDepth, tile.column_tile, tile.expert);
         }
         load_rows(ring.b(position.stage()), full, block * kDepth);
@@ -122,7 +95,7 @@ __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>&
 // A consumer has 128 of the tile's 256 columns: 64 of the gate and the same of the up half, or 128 neighbours.
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
-                                                const Ring<Config>& ring, const TileNotes& notes,
+                                                const Ring<Config>& ring, const TileNotes<Config::kStages>& notes,
                                                 const Consumer& consumer) {
   constexpr bool kGated = Epilogue::kGated;
   constexpr int kOutputCols = Config::kRows / (kGated ? 2 : 1);
@@ -156,8 +129,9 @@ __device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>&
       epilogue.finish(mine, outputs, ring, position, consumer);
     } else {
       // Nobody but this consumer reads its fragments of the last stage: the outputs go through that memory.
-      consumer.sync();  // all four warps' products are done
-      TransposedStager<kGated> stager(consumer, ring.a(last) + first_fragment * 8192);
+      consumer.sync();                                        // all four warps' products are done
+      constexpr int kPitch = (kGated ? 2 : 1) * kPieceBytes;  // fragments lie side by side, or every second one
+      TransposedStager<2, kPitch> stager(consumer, ring.a(last) + first_fragment * kPieceBytes);
       epilogue.store(mine, outputs, stager);
       if (consumer.leads()) tma_wait_read<0>();
       give_back(last, blocks - 1);
@@ -175,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const Ring<Config> ring{base, base + Ring<Config>::kBytes};
-  const TileNotes notes(base + SwapABShared::kNotes);
+  const TileNotes<Config::kStages> notes(base + SwapABShared::kNotes);
   if (threadIdx.x == 0) {
     ring.init(kGathered ? 1 + 128 : 1, kConsumers * 128);
     barrier_init_fence();

@@ -1,6 +1,6 @@
-// The epilogues of swap_ab.cuh. A fragment's outputs are 64 columns of the product (wgmma's rows) by the tile's rows
-// (wgmma's columns); stmatrix transposes them on their way into shared memory, 64 rows x 64 columns a time, and TMA
-// stores them through ragged maps, which end at the tile's last row.
+// The epilogues of swap_ab.cuh and ping_pong.cuh. A fragment's outputs are 64 columns of the product (wgmma's rows) by
+// the tile's rows (wgmma's columns); stmatrix transposes them on their way into shared memory, 64 rows x 64 columns a
+// time, and TMA stores them through ragged maps, which end at the tile's last row.
 //
 // Every epilogue has kGated, columns and zeros as those of epilogues.cuh; kMostRows, the highest tile for which its
 // registers suffice; kLoads, whether it reads tensors of its own (activate_backward.cuh, which has a Loader and
@@ -35,9 +35,9 @@ __device__ __forceinline__ void take8(const float (&outputs)[kCount], int first,
   for (int i = 0; i < 8; ++i) values[i] = outputs[first + i] + (i % 4 < 2 ? bias.low : bias.high);
 }
 
-// A tile's way out of the registers, piece by piece, through two pieces of shared memory: the consumer's fragments of a
-// stage, which lie side by side or, of a gated tile, two fragments apart.
-template <bool kGated>
+// A tile's way out of the registers, piece by piece, through kBuffers pieces of shared memory in turn, kPitch bytes
+// apart.
+template <int kBuffers, int kPitch = kPieceBytes>
 class TransposedStager {
  public:
   __device__ TransposedStager(const Consumer& consumer, uint32_t shared) : consumer_(consumer), shared_(shared) {}
@@ -45,7 +45,7 @@ class TransposedStager {
   // Stores up to kPieceRows rows of 64 columns; values_of(group, values) gives this thread's 8 values of 16 rows.
   template <typename Element, typename ValuesOf>
   __device__ __forceinline__ void store(const CUtensorMap& map, int column, int row, int row_end, ValuesOf values_of) {
-    const uint32_t piece = shared_ + turn_ * (kGated ? 2 : 1) * kPieceBytes;
+    const uint32_t piece = shared_ + turn_ * kPitch;
 #pragma unroll
     for (int group = 0; group < kPieceRows / 16; ++group) {
       if (group > 0 && row + group * 16 >= row_end) break;
@@ -53,16 +53,16 @@ class TransposedStager {
       values_of(group, values);
       uint32_t words[4];
       pack_matrix<Element>(values, words);
-      stmatrix_x4_transposed(piece + transposed_offset(group), words);
+      write_matrix<true>(consumer_, piece, group, words);
     }
     proxy_fence();
-    if (consumer_.leads()) tma_wait_read<0>();  // of the other piece, which then is everybody's to fill
+    if (consumer_.leads()) tma_wait_read<kBuffers - 2>();  // the next piece's buffer then is everybody's to fill
     consumer_.sync();
     if (consumer_.leads()) {
       store_ragged(map, piece, column, row, row_end);
       tma_commit();
     }
-    turn_ ^= 1;
+    turn_ = (turn_ + 1) % kBuffers;
   }
 
  private:
@@ -96,9 +96,9 @@ struct SwappedStoreEpilogue {
     store_zeros(output_data, columns, row, row_end, column, column_end);
   }
 
-  template <int kFragments, int kCount>
+  template <int kFragments, int kCount, typename Stager>
   __device__ __forceinline__ void store(const ConsumerTile& tile, const float (&outputs)[kFragments][kCount],
-                                        TransposedStager<kGated>& stager) const {
+                                        Stager& stager) const {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
       const int column = tile.column + f * 64;
@@ -136,9 +136,9 @@ struct SwappedActivateEpilogue {
     }
   }
 
-  template <int kCount>
+  template <int kCount, typename Stager>
   __device__ __forceinline__ void store(const ConsumerTile& tile, const float (&outputs)[2][kCount],
-                                        TransposedStager<kGated>& stager) const {
+                                        Stager& stager) const {
     if constexpr (kGated) {
       store_columns(tile, tile.column, outputs[0], outputs[1], stager);
     } else {
@@ -149,10 +149,10 @@ struct SwappedActivateEpilogue {
 
  private:
   // 64 columns. Ungated, `up_outputs` is not read.
-  template <int kCount>
+  template <int kCount, typename Stager>
   __device__ __forceinline__ void store_columns(const ConsumerTile& tile, int column,
                                                 const float (&gate_outputs)[kCount], const float (&up_outputs)[kCount],
-                                                TransposedStager<kGated>& stager) const {
+                                                Stager& stager) const {
     if (column >= columns) return;
     const Element* expert_bias =
         bias == nullptr ? nullptr : bias + static_cast<int64_t>(tile.expert) * (kGated ? 2 : 1) * columns + column;

@@ -86,6 +86,17 @@ CUtensorMap gated_experts_map(DType dtype, const void* data, int num_experts, in
                    {pitch, pitch * rows, 2 * pitch * rows}, {kBoxColumns, cuuint32_t(box_rows), 2, 1});
 }
 
+CUtensorMap expert_chunks_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows,
+                              int chunks) {
+  const bool whole = whole_chunks(columns);
+  const cuuint64_t pitch = columns * bytes_of(dtype);
+  return encode<4>(dtype, data,
+                   {cuuint64_t(whole ? kBoxColumns : columns), cuuint64_t(rows),
+                    cuuint64_t(whole ? columns / kBoxColumns : 1), cuuint64_t(num_experts)},
+                   {pitch, kBoxColumns * cuuint64_t(bytes_of(dtype)), pitch * rows},
+                   {kBoxColumns, cuuint32_t(box_rows), cuuint32_t(whole ? chunks : 1), 1});
+}
+
 CUtensorMap gated_columns_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows) {
   const cuuint64_t half = columns * bytes_of(dtype);
   return encode<4>(dtype, data, {cuuint64_t(columns), 2, cuuint64_t(rows), cuuint64_t(num_experts)},

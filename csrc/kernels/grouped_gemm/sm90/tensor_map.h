@@ -22,6 +22,13 @@ CUtensorMap experts_map(DType dtype, const void* data, int num_experts, int rows
 // [E, 2, rows, columns]: a box brings box_rows gate rows and the same up rows.
 CUtensorMap gated_experts_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows);
 
+// [E, rows, columns] in chunks of 64 columns, as an MN-major operand lies in shared memory. Where the columns are a
+// multiple of 64 a box brings box_rows of `chunks` chunks: (0, row, first chunk, expert); else of one: (first column,
+// row, 0, expert).
+constexpr bool whole_chunks(int columns) { return columns % kBoxColumns == 0; }
+CUtensorMap expert_chunks_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows,
+                              int chunks);
+
 // [E, rows, 2, columns]: a box brings box_rows x 64 of the gate columns or of the up columns.
 CUtensorMap gated_columns_map(DType dtype, const void* data, int num_experts, int rows, int columns, int box_rows);
 
