@@ -31,6 +31,7 @@ LARGE = [Case("row_tiles", 700, 6, 3, 200, 136), Case("many_blocks", 1000, 70, 4
          Case("outputs_leave_late", 3000, 40, 4, 256, 264), Case("late_columns_end", 3000, 40, 4, 520, 168),
          # rows in order, in tiles high enough that the consumers of a block take turns: many tiles a block
          Case("in_turn", 12000, 8, 4, 456, 72, "sentinels"), Case("in_turn_skewed", 6000, 16, 4, 256, 264, "skewed"),
+         Case("in_turn_low", 2900, 16, 1, 1480, 328, "skewed"),  # most experts: one box of rows
          # one expert has far more rows than the others
          Case("skewed", 4000, 300, 2, 72, 136, "skewed"), Case("skewed_columns", 3000, 150, 3, 328, 264, "skewed")]
 

@@ -76,7 +76,7 @@ def test_pieces(case):
 
 @pytest.mark.parametrize("case", [Case("one_block", 300, 150, 2, 64, 72, "sentinels"),
                                   Case("two_blocks", 300, 150, 2, 72, 72, "sentinels"),
-                                  Case("in_turn", 1800, 20, 2, 2560, 64, "sentinels")], ids=case_id)
+                                  Case("in_turn", 1800, 20, 2, 2560, 72, "sentinels")], ids=case_id)
 def test_tile_after_tile(case, force):
     """More tiles than multiprocessors, so that memory is used again."""
     force("sm90" if HOPPER else "auto")

@@ -5,9 +5,9 @@
 // whose id was no expert) are one more group, and so are rows before the first one (where offsets are a slice of a
 // plan's); their outputs are zeros.
 //
-// kBalanced: a group's row tiles are equally high, a multiple of 8, and no higher than kTileRows. kPairs: two
-// neighbouring blocks compute two neighbouring column tiles of the same rows, and number such pairs; column_tiles is
-// even.
+// kBalanced: a group's row tiles are equally high, a multiple of 8, and no higher than kTileRows. kPairs: what is
+// numbered are pairs of neighbouring column tiles, and blocks 2 c and 2 c + 1 compute those of pairs c, c + gridDim.x /
+// 2, ...; column_tiles is even.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
 // columns a time, and TMA stores them through ragged maps, which end at the expert's last row.
 //
 // An epilogue of an m-grouped product has `kGated` (two columns of the tile, gate and up, make an output column),
-// `columns` (output columns in all) and zeros(rows, columns) for rows without an expert; for what m_grouped.cuh and
-// swap_ab.cuh want besides see interleaved.cuh and swap_ab_epilogues.cuh.
+// `columns` (output columns in all) and zeros(rows, columns) for rows without an expert; for what m_grouped.cuh, and
+// swap_ab.cuh and ping_pong.cuh, want besides see interleaved.cuh and swap_ab_epilogues.cuh.
 #pragma once
 
 #include "../../common/activation.cuh"

@@ -63,6 +63,7 @@ MGroupedOperands<Element> operands_of(const Product& product) {
 template <auto kKernel>
 class PairedLaunch {
  public:
+  PairedLaunch(const PairedLaunch&) = delete;  // config_ points into it
   PairedLaunch(int shared_bytes, cudaStream_t stream, const char* name) : name_(name) {
     pairs_.id = cudaLaunchAttributeClusterDimension;
     pairs_.val.clusterDim = {2, 1, 1};
@@ -87,9 +88,7 @@ class PairedLaunch {
     return 2 * pairs;
   }
 
-  PairedLaunch(const PairedLaunch&) = delete;  // config_ points into it
-
-  void without_pairs() { config_.numAttrs = 0; }
+  void drop_pairs() { config_.numAttrs = 0; }
 
   template <typename... Arguments>
   void operator()(int64_t blocks, const Arguments&... arguments) {
@@ -136,9 +135,9 @@ void launch_swap_ab(const Product& product, const Epilogue& epilogue, cudaStream
 }
 
 // An m-grouped product whose rows lie in order: by ping_pong.cuh where its tiles are high, that is where an expert has
-// some less than a multiple of 192 rows, or many. H200, time over that of swap_ab.cuh, down projection / input
-// gradient, by rows an expert: 64 1.08 / 1.05, 85 1.05 / 1.10, 171 0.98 / 0.96, 256 1.09 / 1.07, 341 0.96 / 0.98, 384
-// 0.98 / 0.94, 512 0.95 / 0.96, 1024 0.91 / 0.91.
+// some less than a multiple of 192 rows, or many, and where columns and device make pairs. H200, time over that of
+// swap_ab.cuh, down projection / input gradient, by rows an expert: 64 1.08 / 1.05, 85 1.05 / 1.10, 171 0.98 / 0.96,
+// 256 1.09 / 1.07, 341 0.96 / 0.98, 384 0.98 / 0.94, 512 0.95 / 0.96, 1024 0.91 / 0.91.
 constexpr int kHeightForPingPong = 160;
 
 template <bool kWeightsKMajor, typename Element, typename Epilogue>
@@ -153,7 +152,8 @@ void launch_in_order(const Product& product, const Epilogue& epilogue, cudaStrea
   const int at_once = in_pairs ? launch.blocks_at_once() : 0;
   if (at_once == 0) return launch_swap_ab<false, kWeightsKMajor, Element>(product, epilogue, stream, name);
   const auto operands = operands_of<false, kWeightsKMajor, false, Config::kRows, kPairedRows, Element>(product);
-  launch(std::min(blocks_of(product, Config::kCols, operands.column_tiles, name), at_once), operands, epilogue);
+  const int blocks = std::min(blocks_of(product, Config::kCols, operands.column_tiles, name), at_once);
+  launch(blocks / 2 * 2, operands, epilogue);
 }
 
 template <Gathered kGathered, bool kAccumulate, typename Element>
@@ -186,7 +186,7 @@ void launch_k_grouped(const WeightGradParams& params, cudaStream_t stream) {
   PairedLaunch<kKernel> launch(Shared::kBytes, stream, "weight_grad");
   int at_once = row_tiles % 2 == 0 ? launch.blocks_at_once() : 0;
   if (at_once == 0) {  // pairs would straddle columns of B, or the device holds none
-    launch.without_pairs();
+    launch.drop_pairs();
     at_once = device_limits().multiprocessors;
   }
   launch(std::min<int64_t>(tiles, at_once), operands, store);

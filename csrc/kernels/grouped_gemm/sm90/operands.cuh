@@ -33,9 +33,10 @@ class TileNotes {
   __device__ explicit TileNotes(uint32_t shared) : shared_(shared) {}
 
   __device__ void write(int place, const Tile& tile) const {
+    static_assert(kMostRows < 256 && PingPong::kCols < 256, "a height is 8 bits");
     const uint32_t words[4] = {static_cast<uint32_t>(tile.expert), static_cast<uint32_t>(tile.row_begin),
                                static_cast<uint32_t>(tile.row_end),
-                               static_cast<uint32_t>(tile.column_tile * 256 + tile.height)};  // a height is 8 bits
+                               static_cast<uint32_t>(tile.column_tile * 256 + tile.height)};
     store_shared(shared_ + place * 16, words);
   }
   __device__ Tile read(int place) const {

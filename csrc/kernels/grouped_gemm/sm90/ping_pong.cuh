@@ -15,17 +15,9 @@ namespace moe::sm90 {
 
 constexpr int kPairedRows = PingPong::kCols / 2;  // of a tile: what one block of a pair brings
 
-struct PingPongShared {
-  static constexpr int kStaging = Ring<PingPong>::kBytes;
-  static constexpr int kBarriers = kStaging + kConsumers * PingPong::kBuffers * kPieceBytes;
-  static constexpr int kNotes = kBarriers + Ring<PingPong>::kBarrierBytes;
-  static constexpr int kNoteBarriers = kNotes + TileNotes<kConsumers>::kBytes;
-  static constexpr int kSharedBytes = kNoteBarriers + 16 * kConsumers;
-  static_assert(kSharedBytes <= kMaxSharedBytes && kNotes % 16 == 0, "more than an SM has, or not aligned");
-};
-
 // The next tile of each consumer: `full` (it is noted), `empty` (all its threads have read it).
 struct NextTiles {
+  static constexpr int kBarrierBytes = 16 * kConsumers;
   TileNotes<kConsumers> notes;
   uint32_t barriers;
 
@@ -38,6 +30,15 @@ struct NextTiles {
       barrier_init(empty(consumer), 128);
     }
   }
+};
+
+struct PingPongShared {
+  static constexpr int kStaging = Ring<PingPong>::kBytes;
+  static constexpr int kBarriers = kStaging + kConsumers * PingPong::kBuffers * kPieceBytes;
+  static constexpr int kNotes = kBarriers + Ring<PingPong>::kBarrierBytes;
+  static constexpr int kNoteBarriers = kNotes + TileNotes<kConsumers>::kBytes;
+  static constexpr int kSharedBytes = kNoteBarriers + NextTiles::kBarrierBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes && kNotes % 16 == 0, "more than an SM has, or not aligned");
 };
 
 template <typename Config, typename Element, bool kKMajor>
@@ -106,6 +107,7 @@ template <typename Config, typename Element, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void consume_in_turn(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
                                                 const Ring<Config>& ring, const NextTiles& next,
                                                 const Consumer& consumer) {
+  static_assert(!Epilogue::kGated && !Epilogue::kLoads);
   const int blocks = (operands.k + kDepth - 1) / kDepth;
   RingPosition<Config> position;
   position.advance(consumer.index * blocks);
@@ -113,6 +115,9 @@ __device__ __forceinline__ void consume_in_turn(const MGroupedOperands<Element>&
     if (consumer.thread() < 2) barrier_arrive_at(ring.empty(stage), consumer.thread());
   };
   const Turns turns(consumer.index);
+  auto pass_on = [&](int block) {
+    if (block == blocks - 1) turns.pass_on();
+  };
   TransposedStager<Config::kBuffers> stager(consumer, consumer.staging);
   for (uint32_t phase = 0;; phase ^= 1) {
     barrier_wait(next.full(consumer.index), phase);
@@ -120,20 +125,16 @@ __device__ __forceinline__ void consume_in_turn(const MGroupedOperands<Element>&
     barrier_arrive(next.empty(consumer.index));
     if (tile.expert == kNoTile) break;
     const ConsumerTile mine{tile.row_begin, tile.row_end, tile.column_tile * Config::kRows, tile.expert};
-    turns.take();
-    if (tile.expert >= operands.num_experts) {  // and so are all tiles from here on
-      turns.pass_on();
+    if (tile.expert >= operands.num_experts) {  // as all tiles from here on: nobody waits for a turn any more
       epilogue.zeros(mine.row, mine.row_end, mine.column, min(mine.column + Config::kRows, epilogue.columns));
       continue;
     }
+    turns.take();
     Outputs<Config> outputs;  // declared here: nothing lives on from tile to tile
     int last = 0;
     dispatch_multiple<Config::kCols, 8>(tile.height, [&](auto height) {
       last = multiply<Config, Element, kKMajor, true, false, decltype(height)::value>(outputs, ring, position, blocks,
-                                                                                      0, give_back, [&](int block) {
-                                                                                        if (block == blocks - 1)
-                                                                                          turns.pass_on();
-                                                                                      });
+                                                                                      0, give_back, pass_on);
     });
     give_back(last, blocks - 1);
     position.advance(blocks);  // the other consumer's

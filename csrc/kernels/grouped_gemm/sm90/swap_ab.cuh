@@ -22,7 +22,7 @@ struct SwapABShared {
   static_assert(kSharedBytes <= kMaxSharedBytes && kNotes % 16 == 0, "more than an SM has, or not aligned");
 };
 
-constexpr int kRowBox = 64;  // rows that TMA brings at a time where they are not gathered: few instructions count
+constexpr int kRowBox = 64;  // rows that TMA brings at a time where they are not gathered: each instruction costs
 
 template <typename Config, typename Element, bool kGathered, bool kKMajor, typename Epilogue>
 __device__ __forceinline__ void produce_swapped(const MGroupedOperands<Element>& operands, const Epilogue& epilogue,
@@ -129,8 +129,9 @@ __device__ __forceinline__ void consume_swapped(const MGroupedOperands<Element>&
       epilogue.finish(mine, outputs, ring, position, consumer);
     } else {
       // Nobody but this consumer reads its fragments of the last stage: the outputs go through that memory.
-      consumer.sync();                                        // all four warps' products are done
-      constexpr int kPitch = (kGated ? 2 : 1) * kPieceBytes;  // fragments lie side by side, or every second one
+      consumer.sync();  // all four warps' products are done
+      // They lie side by side or, of a gated tile, two fragments apart.
+      constexpr int kPitch = (kGated ? 2 : 1) * kPieceBytes;
       TransposedStager<2, kPitch> stager(consumer, ring.a(last) + first_fragment * kPieceBytes);
       epilogue.store(mine, outputs, stager);
       if (consumer.leads()) tma_wait_read<0>();

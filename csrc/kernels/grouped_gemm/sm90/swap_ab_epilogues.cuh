@@ -3,8 +3,8 @@
 // time, and TMA stores them through ragged maps, which end at the tile's last row.
 //
 // Every epilogue has kGated, columns and zeros as those of epilogues.cuh; kMostRows, the highest tile for which its
-// registers suffice; kLoads, whether it reads tensors of its own (activate_backward.cuh, which has a Loader and
-// finish), or else store(tile, outputs, stager).
+// registers suffice in swap_ab.cuh; kLoads, whether it reads tensors of its own (activate_backward.cuh, which has a
+// Loader and finish), or else store(tile, outputs, stager).
 #pragma once
 
 #include "epilogues.cuh"
