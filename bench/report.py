@@ -213,6 +213,7 @@ def _host_lines(results):
     """A line for each pass: the host's time of a call in elementwise operations, ours and each peer's."""
     lines = []
     for pass_name, title in (("host:forward", "one forward"), ("host:train", "one forward and backward"),
+                             ("host:train-8-layers", "one forward and backward of each of eight layers together"),
                              ("host:train-one-thread", "one forward and backward on the calling thread "
                                                        "(torch.autograd.set_multithreading_enabled(False))")):
         cases_of = {}

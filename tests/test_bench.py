@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 
 from bench import cases, host_time, kernel_peers, memory, peers, report, results_file
 from bench.__main__ import main
-from bench.inputs import Inputs, make_inputs, make_routing, make_weights
+from bench.inputs import Inputs, layer_call, make_inputs, make_routing, make_weights
 from bench.limits import Limits
 from bench.measure import Options, floor_ms, layer_rows, touched_bytes
 from bench.reference import WrongResult, check_layer, sampled_tokens
@@ -125,6 +125,18 @@ def test_host_time_counts_operations(device):
     times = host_time.host_times({"one": lambda: small * 2, "ten": lambda: [small * 2 for _ in range(10)]},
                                  torch.device(device), rounds=9)
     assert 0.2 < times["one"][1] < 5 < times["ten"][1] < 50 and times["ten"][0] > times["one"][0] > 0
+    (ms, operations), = host_time.host_times({"ten": lambda: [small * 2 for _ in range(10)]}, torch.device(device),
+                                             rounds=9, layers=8).values()
+    assert 0.02 < operations / 10 * 8 < 5 and ms > 0
+
+
+def test_layers_of_one_backward_have_gradients_of_their_own():
+    inputs = make_inputs(QUICK, 32, make_weights(QUICK, torch.float32, torch.device("cpu")))
+    grads = host_time.train_layers(peers.bind_ours, inputs, 3)()
+    alone = layer_call(peers.bind_ours, inputs, True)()
+    assert len(grads) == 12 and len(alone) == 4
+    for i, grad in enumerate(grads):
+        assert torch.equal(grad, alone[i % 4])
 
 
 def test_memory_fields():
@@ -285,10 +297,10 @@ def test_a_quick_run_from_end_to_end(device, tmp_path, capsys):
     ours = [row for row in content["results"] if row["impl"] == "moe_kernels"]
     assert {row["pass"] for row in ours} == {"forward", "train", "decode", *(f"stage:{stage}" for stage in (
         "gate", "plan", "gate+plan", "up_proj", "down_proj", "combine", "permute")),
-        "skew:forward", "skew:train", "host:forward", "host:train", "host:train-one-thread"}
+        "skew:forward", "skew:train", "host:forward", "host:train", "host:train-8-layers", "host:train-one-thread"}
     assert content["tests"]["passed"] == 5 and all(row["ms"] > 0 for row in content["results"])
     alone = {row["pass"]: row["in_operations"] for row in content["results"] if row["impl"] == "one_operation"}
-    assert set(alone) == {"host:train", "host:train-one-thread"} and min(alone.values()) > 1
+    assert set(alone) == {"host:train", "host:train-8-layers", "host:train-one-thread"} and min(alone.values()) > 1
     layers = [row for row in ours if ":" not in row["pass"]]
     assert all(0 < row["relative_error"] < 0.02 for row in layers)
     assert all(row["timing"] == ("graph" if device == "cuda" else "cpu") for row in ours
