@@ -13,6 +13,7 @@ import time
 import torch
 
 from . import peers as peers_module
+from .inputs import layer_call
 from .measure import OURS, row
 from .timing import Timing, first_line
 
@@ -52,14 +53,6 @@ def host_times(functions, device, rounds=ROUNDS, layers=1):
     return {name: (median, median / unit) for name, median in medians.items()}
 
 
-def train_layers(bind, inputs, layers):
-    """Forward and backward of so many layers side by side, with all gradients, as one call of autograd."""
-    copies = [inputs.training() for _ in range(layers)]
-    bound, leaves = [bind(copy) for copy in copies], [leaf for copy in copies for leaf in copy.leaves]
-    grads = [inputs.grad_output] * layers
-    return lambda: torch.autograd.grad([layer() for layer in bound], leaves, grads)
-
-
 def one_operation(device, layers):
     """The least that has a forward and a backward, in place of each layer."""
     leaves = [torch.zeros(64, device=device, requires_grad=True) for _ in range(layers)]
@@ -87,7 +80,8 @@ def host_rows(shape, inputs, options):
                 continue
             try:
                 its_inputs = inputs if peer.name == OURS else peer.inputs(inputs)
-                call = train_layers(peer.bind, its_inputs, layers) if called == "train" else peer.bind(its_inputs)
+                train = called == "train"
+                call = layer_call(peer.bind, its_inputs, True, layers) if train else peer.bind(its_inputs)
                 call()
                 calls[peer.name] = call
             except Exception as error:

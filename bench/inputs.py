@@ -95,16 +95,22 @@ def forward_call(layer):
     return call
 
 
-def train_call(layer, inputs):
-    """A function that runs forward and backward, and returns the gradients of all four leaves."""
-    def call():
-        return torch.autograd.grad(layer(), inputs.leaves, inputs.grad_output)
-    return call
+def train_call(layers, inputs):
+    """A function that runs forward and backward of layers side by side, and returns the gradients of all leaves.
+
+    inputs: of each layer; four leaves each, whose gradients follow one another.
+    """
+    leaves = [leaf for of_layer in inputs for leaf in of_layer.leaves]
+    grads = [of_layer.grad_output for of_layer in inputs]
+    return lambda: torch.autograd.grad([layer() for layer in layers], leaves, grads)
 
 
-def layer_call(bind, inputs, train):
-    """The layer that bind(inputs) gives, as a pass calls it: a forward, or forward and backward with all gradients."""
+def layer_call(bind, inputs, train, layers=1):
+    """The layer that bind(inputs) gives, as a pass calls it: a forward, or forward and backward with all gradients.
+
+    layers: so many in one backward, each with leaves of its own.
+    """
     if not train:
         return forward_call(bind(inputs))
-    leaves = inputs.training()
-    return train_call(bind(leaves), leaves)
+    copies = [inputs.training() for _ in range(layers)]
+    return train_call([bind(copy) for copy in copies], copies)

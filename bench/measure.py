@@ -63,7 +63,7 @@ def _layer_calls(shape, inputs, pass_name, options):
             off_by = check_layer(bound, peer.bind, train)
             bound = bound.training() if train else bound
             layer = peer.bind(bound)
-            function = train_call(layer, bound) if train else forward_call(layer)
+            function = train_call([layer], [bound]) if train else forward_call(layer)
             known = memory.fields(shape, bound, memory.call_memory(function, options.device), *(
                 (memory.kept_memory(layer, options.device), memory.backward_memory(layer, bound, options.device))
                 if train else ()))

@@ -80,7 +80,7 @@ def check_layer(inputs, bind, train=False):
     expert = int(inputs.topk_ids[0, 0])
     references = (gradient, *reference_expert(inputs, expert))
     leaves = inputs.training()
-    hidden, gate_up, down, _ = inputs_module.train_call(bind(leaves), leaves)()
+    hidden, gate_up, down, _ = inputs_module.train_call([bind(leaves)], [leaves])()
     results = (hidden[tokens], gate_up[expert], down[expert])
     names = ("the gradient of hidden_states", "the gradient of gate_up_proj", "the gradient of down_proj")
     # a weight gradient is one matrix, not a row a token

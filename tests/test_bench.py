@@ -127,12 +127,12 @@ def test_host_time_counts_operations(device):
     assert 0.2 < times["one"][1] < 5 < times["ten"][1] < 50 and times["ten"][0] > times["one"][0] > 0
     (ms, operations), = host_time.host_times({"ten": lambda: [small * 2 for _ in range(10)]}, torch.device(device),
                                              rounds=9, layers=8).values()
-    assert 0.02 < operations / 10 * 8 < 5 and ms > 0
+    assert 0.2 < operations / 10 * 8 < 5 and ms > 0
 
 
 def test_layers_of_one_backward_have_gradients_of_their_own():
     inputs = make_inputs(QUICK, 32, make_weights(QUICK, torch.float32, torch.device("cpu")))
-    grads = host_time.train_layers(peers.bind_ours, inputs, 3)()
+    grads = layer_call(peers.bind_ours, inputs, True, 3)()
     alone = layer_call(peers.bind_ours, inputs, True)()
     assert len(grads) == 12 and len(alone) == 4
     for i, grad in enumerate(grads):
